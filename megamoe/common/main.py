@@ -1,0 +1,46 @@
+"""The outermost frame of every entry point: errors of the user become text and an exit code."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from typing import NoReturn
+
+from megamoe.common import env
+from megamoe.common.errors import EXIT_CODE, MegamoeError, PeerError
+
+LINGER_SECONDS = 10.0
+
+
+def run_main(main: Callable[[], int | None]) -> NoReturn:
+    """Run `main` and leave the process with its exit code.
+
+    A MegamoeError becomes its text on stderr and exit code 2; other exceptions are defects and keep their
+    traceback. Launchers end all ranks when the first one fails, so on other ranks than 0 the process waits up
+    to `LINGER_SECONDS` before it leaves: rank 0 has the same error in general and is the one to print it. A
+    rank that is still there afterwards has an error of its own, and prints it, marked with its rank.
+    """
+    try:
+        sys.exit(main())
+    except MegamoeError as error:
+        report(error)
+        sys.exit(EXIT_CODE)
+
+
+def report(error: MegamoeError) -> None:
+    """Print `error` to stderr, late and marked on ranks above 0; a PeerError has been printed elsewhere."""
+    rank = _rank()
+    if rank > 0:
+        time.sleep(LINGER_SECONDS)
+    if not isinstance(error, PeerError):
+        prefix = f"[rank {rank}] " if rank > 0 else ""
+        sys.stderr.write(f"{prefix}{type(error).__name__}: {error}\n")
+        sys.stderr.flush()
+
+
+def _rank() -> int:
+    try:
+        return env.rank()
+    except MegamoeError:  # an incomplete launch: no other rank is known to speak for this one
+        return 0

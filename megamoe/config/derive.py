@@ -1,0 +1,139 @@
+"""What follows from a configuration: batch split, expert placement, model dimensions, parameters, FLOPs.
+
+Everything is plain arithmetic on a checked configuration; no torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megamoe.config.moe import MoEConfig, ResonanceRouterConfig
+from megamoe.config.run import RunConfig
+
+VOCAB_MULTIPLE = 64  # rows of the embedding: keeps the output matrix product on full tiles
+
+
+def data_parallel_size(config: RunConfig, world_size: int) -> int:
+    """Ranks that see different samples: world size / (tp * pp * cp)."""
+    parallel = config.parallel
+    return world_size // (parallel.tp * parallel.pp * parallel.cp)
+
+
+def expert_data_parallel_size(config: RunConfig, world_size: int) -> int:
+    """Ranks that hold the same experts: world size / (pp * ep * etp)."""
+    parallel = config.parallel
+    return world_size // (parallel.pp * parallel.ep * parallel.etp)
+
+
+def accumulation_steps(config: RunConfig, world_size: int) -> int:
+    """Micro-batches of one rank per optimizer step."""
+    training = config.training
+    return training.global_batch_size // (training.micro_batch_size * data_parallel_size(config, world_size))
+
+
+def experts_per_rank(config: RunConfig) -> int:
+    """Routed experts L on one rank of one MoE block."""
+    return config.moe.num_experts // config.parallel.ep
+
+
+def is_moe_layer(config: RunConfig, layer_index: int) -> bool:
+    """Whether block `layer_index` (from 0) has experts: every n-th block after the first k dense ones.
+
+    With `every_n_layers: 2` and no dense prefix these are blocks 1, 3, 5, ...
+    """
+    moe = config.moe
+    past_prefix = layer_index - moe.first_k_dense + 1
+    return moe.num_experts > 0 and past_prefix > 0 and past_prefix % moe.every_n_layers == 0
+
+
+def num_moe_layers(config: RunConfig) -> int:
+    """Blocks that have experts."""
+    return sum(is_moe_layer(config, index) for index in range(config.model.num_layers))
+
+
+def padded_vocab(tokenizer_size: int) -> int:
+    """The tokenizer's size rounded up to a multiple of 64."""
+    return -(-tokenizer_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
+
+def vocab_size(config: RunConfig, tokenizer_size: int | None = None) -> int:
+    """Rows V of the embedding.
+
+    Args:
+        tokenizer_size: size of the tokenizer in use; without it the size that the configuration asks for.
+    """
+    if config.model.vocab_size is not None:
+        return config.model.vocab_size
+    return padded_vocab(config.data.tokenizer.vocab_size if tokenizer_size is None else tokenizer_size)
+
+
+def head_size(config: RunConfig) -> int:
+    """Width H of one attention head."""
+    model = config.model
+    return model.head_size if model.head_size is not None else model.hidden_size // model.num_heads
+
+
+def num_kv_heads(config: RunConfig) -> int:
+    """Key/value heads G."""
+    model = config.model
+    return model.num_kv_heads if model.num_kv_heads is not None else model.num_heads
+
+
+@dataclass(frozen=True)
+class ParameterCount:
+    """Parameters of one component over the whole model, and those that one token meets."""
+
+    total: int
+    active: int
+
+
+def _router_parameters(moe: MoEConfig, hidden_size: int) -> int:
+    """Trainable parameters of one router. A loss-free bias is a buffer and does not count."""
+    router = moe.router
+    dense = moe.num_experts * hidden_size
+    if not isinstance(router, ResonanceRouterConfig):
+        return dense
+    affinity = {"grap": 0, "grap_learned": hidden_size, "cosine": dense}[router.affinity]
+    return affinity + int(router.learn_scale)
+
+
+def parameter_counts(config: RunConfig, tokenizer_size: int | None = None) -> dict[str, ParameterCount]:
+    """Parameters by component, unpadded by any parallel layout; `total` is their sum.
+
+    Components: embedding, head (0 when tied), attention, norms, dense_mlp, experts, shared_experts, router.
+    """
+    model, moe = config.model, config.moe
+    width, layers, moe_layers = model.hidden_size, model.num_layers, num_moe_layers(config)
+    embedding = vocab_size(config, tokenizer_size) * width
+    heads = 2 * model.num_heads + 2 * num_kv_heads(config)  # wq and wo, wk and wv
+    expert = 3 * width * moe.expert_ffn_size
+    chosen = min(moe.top_k, moe.num_experts)
+    sizes = {
+        "embedding": embedding,
+        "head": 0 if model.tie_embeddings else embedding,
+        "attention": layers * width * heads * head_size(config),
+        "norms": (2 * layers + 1) * width,
+        "dense_mlp": (layers - moe_layers) * 3 * width * model.ffn_size,
+        "shared_experts": moe_layers * moe.num_shared_experts * expert,
+        "router": moe_layers * _router_parameters(moe, width),
+    }
+    counts = {name: ParameterCount(size, size) for name, size in sizes.items()}
+    counts["experts"] = ParameterCount(moe_layers * moe.num_experts * expert, moe_layers * chosen * expert)
+    total = ParameterCount(sum(c.total for c in counts.values()), sum(c.active for c in counts.values()))
+    return {**counts, "total": total}
+
+
+def flops_per_token(config: RunConfig, tokenizer_size: int | None = None) -> int:
+    """Model FLOPs of one token in training, forward and backward; recomputation does not count.
+
+    6 per weight of a matrix product (2 forward, 4 backward) plus causal attention scores and values:
+    3 * 2 * 2 * N * H * S / 2 per block, because a token attends to half of the sequence on average.
+    Expert drops are not subtracted: the count is that of `top_k` experts for every token.
+    """
+    counts = parameter_counts(config, tokenizer_size)
+    model = config.model
+    products = ("attention", "dense_mlp", "experts", "shared_experts", "router")
+    head = counts["embedding"].total  # as many weights as the head, tied or not; the look-up is no product
+    weights = sum(counts[name].active for name in products) + head
+    attention = 6 * model.num_layers * model.num_heads * head_size(config) * config.data.seq_length
+    return 6 * weights + attention

@@ -1,0 +1,252 @@
+"""Rules across sections: one small function each, named after what must hold.
+
+A rule yields the problems it finds and never repairs. It is judged on fields that are valid one by one, so it
+may divide by them. `RULES` holds for a configuration alone; `check_world_size` adds what the number of ranks
+decides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from megamoe.common.errors import TopologyError
+from megamoe.config.deepspeed import extra_problems
+from megamoe.config.derive import head_size, num_kv_heads
+from megamoe.config.moe import ResonanceRouterConfig, TopKRouterConfig
+from megamoe.config.problems import Problem, raise_all
+from megamoe.config.run import RunConfig
+
+Rule = Callable[[RunConfig], Iterator[Problem]]
+
+
+def experts_divide_over_ep(config: RunConfig) -> Iterator[Problem]:
+    experts, ep = config.moe.num_experts, config.parallel.ep
+    if experts % ep:
+        what = f"{experts} experts do not divide over parallel.ep {ep}: {experts} % {ep} = {experts % ep}"
+        yield Problem("moe.num_experts", what, ("parallel.ep",))
+
+
+def ep_needs_experts(config: RunConfig) -> Iterator[Problem]:
+    if config.parallel.ep > 1 and config.moe.num_experts == 0:
+        what = f"{config.parallel.ep} needs experts, but moe.num_experts is 0; use 1 for a dense model"
+        yield Problem("parallel.ep", what, ("moe.num_experts",))
+
+
+def top_k_within_experts(config: RunConfig) -> Iterator[Problem]:
+    moe = config.moe
+    if 0 < moe.num_experts < moe.top_k:
+        what = f"a token cannot choose {moe.top_k} of moe.num_experts {moe.num_experts} experts"
+        yield Problem("moe.top_k", what, ("moe.num_experts",))
+
+
+def dense_prefix_leaves_blocks(config: RunConfig) -> Iterator[Problem]:
+    moe, layers = config.moe, config.model.num_layers
+    if moe.num_experts and moe.first_k_dense >= layers:
+        what = f"{moe.first_k_dense} dense blocks leave none of model.num_layers {layers} for experts"
+        yield Problem("moe.first_k_dense", what, ("model.num_layers", "moe.num_experts"))
+
+
+def some_block_has_experts(config: RunConfig) -> Iterator[Problem]:
+    moe, left = config.moe, config.model.num_layers - config.moe.first_k_dense
+    if moe.num_experts and 0 < left < moe.every_n_layers:
+        what = (
+            f"the {left} blocks after the {moe.first_k_dense} dense ones have no {moe.every_n_layers}th; "
+            "use moe.num_experts: 0 for a dense model"
+        )
+        related = ("model.num_layers", "moe.first_k_dense", "moe.num_experts")
+        yield Problem("moe.every_n_layers", what, related)
+
+
+def heads_divide_hidden_size(config: RunConfig) -> Iterator[Problem]:
+    model = config.model
+    if model.head_size is None and model.hidden_size % model.num_heads:
+        what = (
+            f"{model.hidden_size} does not divide over model.num_heads {model.num_heads}; "
+            "change one or give model.head_size"
+        )
+        yield Problem("model.hidden_size", what, ("model.num_heads", "model.head_size"))
+
+
+def head_size_is_even(config: RunConfig) -> Iterator[Problem]:
+    model, size = config.model, head_size(config)
+    if model.head_size is None and model.hidden_size % model.num_heads:
+        return  # there is no head size yet: `heads_divide_hidden_size` reports that
+    if size % 2:
+        what = f"heads of width {size} are odd; the rotary embedding rotates pairs"
+        yield Problem("model.head_size", what, ("model.hidden_size", "model.num_heads"))
+
+
+def kv_heads_divide_heads(config: RunConfig) -> Iterator[Problem]:
+    heads, kv_heads = config.model.num_heads, num_kv_heads(config)
+    if heads % kv_heads:
+        what = f"{kv_heads} key/value heads do not divide model.num_heads {heads} into equal groups"
+        yield Problem("model.num_kv_heads", what, ("model.num_heads",))
+
+
+def vocabulary_holds_tokenizer(config: RunConfig) -> Iterator[Problem]:
+    rows, tokens = config.model.vocab_size, config.data.tokenizer.vocab_size
+    if rows is not None and rows < tokens:
+        what = f"{rows} rows cannot hold data.tokenizer.vocab_size {tokens}; null takes the right number"
+        yield Problem("model.vocab_size", what, ("data.tokenizer.vocab_size",))
+
+
+NOT_YET = {
+    "tp": "the model's matrices are not split over ranks",
+    "pp": "the model's blocks are not split into stages",
+    "etp": "an expert's matrices are not split over ranks",
+    "cp": "sequences are not split over ranks",
+}
+
+
+def only_data_and_expert_parallel(config: RunConfig) -> Iterator[Problem]:
+    for axis, reason in NOT_YET.items():
+        degree = getattr(config.parallel, axis)
+        if degree > 1:
+            what = f"{degree} is not supported in this version, because {reason}; use 1 (parallel.ep works)"
+            yield Problem(f"parallel.{axis}", what)
+
+
+def local_dispatch_needs_local_experts(config: RunConfig) -> Iterator[Problem]:
+    if config.moe.dispatcher == "local" and config.parallel.ep > 1:
+        what = f"local cannot reach the experts of other ranks (parallel.ep {config.parallel.ep}); use auto"
+        yield Problem("moe.dispatcher", what, ("parallel.ep",))
+
+
+def grap_slices_hold_a_feature(config: RunConfig) -> Iterator[Problem]:
+    router, experts, width = config.moe.router, config.moe.num_experts, config.model.hidden_size
+    if isinstance(router, ResonanceRouterConfig) and router.affinity != "cosine" and experts > width:
+        what = (
+            f"{router.affinity} gives each expert a slice of model.hidden_size {width} features, too few "
+            f"for moe.num_experts {experts}; use cosine"
+        )
+        yield Problem("moe.router.affinity", what, ("moe.num_experts", "model.hidden_size"))
+
+
+def sigmoid_weights_are_normalised(config: RunConfig) -> Iterator[Problem]:
+    router = config.moe.router
+    if isinstance(router, TopKRouterConfig) and router.score == "sigmoid" and not router.normalize_weights:
+        what = "sigmoid scores do not sum to 1, so their weights are always normalised; use true"
+        yield Problem("moe.router.normalize_weights", what, ("moe.router.score",))
+
+
+def micro_batches_fill_global_batch(config: RunConfig) -> Iterator[Problem]:
+    whole, micro = config.training.global_batch_size, config.training.micro_batch_size
+    if whole % micro:
+        what = f"no multiple of training.micro_batch_size {micro}: {whole} % {micro} = {whole % micro}"
+        yield Problem("training.global_batch_size", what, ("training.micro_batch_size",))
+
+
+def warmup_ends_before_training(config: RunConfig) -> Iterator[Problem]:
+    warmup, steps = config.training.schedule.warmup_steps, config.training.steps
+    if warmup >= steps:
+        what = f"{warmup} steps of warm-up do not end before training.steps {steps}"
+        yield Problem("training.schedule.warmup_steps", what, ("training.steps",))
+
+
+def wsd_phases_fit(config: RunConfig) -> Iterator[Problem]:
+    schedule, steps = config.training.schedule, config.training.steps
+    decay = schedule.decay_fraction * steps
+    if schedule.type == "wsd" and schedule.warmup_steps < steps < schedule.warmup_steps + decay:
+        what = (
+            f"the decay over {schedule.decay_fraction} of training.steps {steps} would begin before the "
+            f"{schedule.warmup_steps} steps of warm-up end"
+        )
+        related = ("training.steps", "training.schedule.warmup_steps", "training.schedule.type")
+        yield Problem("training.schedule.decay_fraction", what, related)
+
+
+def stop_lies_within_steps(config: RunConfig) -> Iterator[Problem]:
+    stop, steps = config.training.stop_after_step, config.training.steps
+    if stop is not None and stop > steps:
+        yield Problem(
+            "training.stop_after_step", f"{stop} is after training.steps {steps}", ("training.steps",)
+        )
+
+
+def kept_checkpoints_are_written(config: RunConfig) -> Iterator[Problem]:
+    every, keep_every = config.training.checkpoint.every, config.training.checkpoint.keep_every
+    if keep_every and (every == 0 or keep_every % every):
+        what = f"checkpoints are written every {every} steps, so not at all multiples of {keep_every}"
+        yield Problem("training.checkpoint.keep_every", what, ("training.checkpoint.every",))
+
+
+def zero_0_runs_in_fp32(config: RunConfig) -> Iterator[Problem]:
+    if config.parallel.zero_stage == 0 and config.training.precision == "bf16":
+        what = (
+            "stage 0 accumulates bf16 gradients in bf16, visibly worse than DeepSpeed's other stages; use 1"
+        )
+        yield Problem("parallel.zero_stage", what, ("training.precision",))
+
+
+def muon_needs_whole_matrices(config: RunConfig) -> Iterator[Problem]:
+    if config.training.optimizer.type == "muon" and config.parallel.zero_stage == 3:
+        what = 'stage 3 refuses muon ("Muon and reduce scatter cannot be used together"); use 1 or 2'
+        yield Problem("parallel.zero_stage", what, ("training.optimizer.type",))
+
+
+def extra_leaves_our_keys(config: RunConfig) -> Iterator[Problem]:
+    yield from extra_problems(config)
+
+
+RULES: tuple[Rule, ...] = (
+    experts_divide_over_ep,
+    ep_needs_experts,
+    top_k_within_experts,
+    dense_prefix_leaves_blocks,
+    some_block_has_experts,
+    heads_divide_hidden_size,
+    head_size_is_even,
+    kv_heads_divide_heads,
+    vocabulary_holds_tokenizer,
+    only_data_and_expert_parallel,
+    local_dispatch_needs_local_experts,
+    grap_slices_hold_a_feature,
+    sigmoid_weights_are_normalised,
+    micro_batches_fill_global_batch,
+    warmup_ends_before_training,
+    wsd_phases_fit,
+    stop_lies_within_steps,
+    kept_checkpoints_are_written,
+    zero_0_runs_in_fp32,
+    muon_needs_whole_matrices,
+    extra_leaves_our_keys,
+)
+
+
+def _must_divide(path: str, whole: str, whole_value: int, part: str, part_value: int) -> Iterator[Problem]:
+    """The problem that `part` does not divide `whole`, with the numbers behind both."""
+    if whole_value % part_value:
+        rest = f"{whole_value} % {part_value} = {whole_value % part_value}"
+        yield Problem(path, f"{whole} = {whole_value} does not divide by {part} = {part_value}: {rest}")
+
+
+def _world_problems(config: RunConfig, world_size: int) -> list[Problem]:
+    p, training = config.parallel, config.training
+    if world_size < 1:
+        return [Problem("", f"a run needs at least one rank, got world size {world_size}")]
+    dense = p.tp * p.pp * p.cp
+    dense_text = f"tp {p.tp} * pp {p.pp} * cp {p.cp}"
+    problems = list(_must_divide("parallel", "world size", world_size, dense_text, dense))
+    if problems:
+        return problems  # there is no dp to go on with
+    stage, expert, dp = world_size // p.pp, p.ep * p.etp, world_size // dense
+    step = training.micro_batch_size * dp
+    step_text = f"micro_batch_size {training.micro_batch_size} * dp {dp} (world size {world_size} / {dense})"
+    batch = "training.global_batch_size"
+    return [
+        *_must_divide(
+            "parallel.ep", f"world size {world_size} / pp {p.pp}", stage, f"ep {p.ep} * etp {p.etp}", expert
+        ),
+        *_must_divide(batch, "global_batch_size", training.global_batch_size, step_text, step),
+    ]
+
+
+def check_world_size(config: RunConfig, world_size: int) -> None:
+    """Refuse a number of ranks that the degrees or the batch do not fit.
+
+    Raises:
+        TopologyError: with the arithmetic of every misfit.
+    """
+    todo = "start another number of ranks, or change parallel.* or the batch sizes"
+    what = f"The configuration does not fit world size {world_size}:"
+    raise_all(_world_problems(config, world_size), todo=todo, kind=TopologyError, title=what)

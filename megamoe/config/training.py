@@ -1,0 +1,103 @@
+"""Section `training`: batch, optimizer, schedule, precision, validation, checkpoints, monitors."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, Strict
+
+from megamoe.config.base import Section
+
+
+class OptimizerConfig(Section):
+    """AdamW for all weights, or Muon for matrices (experts included) with AdamW for the rest."""
+
+    type: Literal["adamw", "muon"] = Field("adamw", description="adamw (torch) or muon (DeepSpeed's).")
+    lr: float = Field(3e-3, gt=0, description="Peak learning rate of AdamW weights.")
+    betas: Annotated[tuple[float, float], Strict(False)] = Field((0.9, 0.95), description="AdamW betas.")
+    eps: float = Field(1e-8, gt=0, description="AdamW epsilon.")
+    weight_decay: float = Field(
+        0.1, ge=0, description="Decoupled decay of matrices; never of norms, biases, scales."
+    )
+    muon_lr: float = Field(0.02, gt=0, description="Peak learning rate of Muon weights.")
+    muon_momentum: float = Field(0.95, ge=0, lt=1, description="Momentum of Muon.")
+
+
+class ScheduleConfig(Section):
+    """Learning rate over steps: linear warm-up, then the named shape down to `min_lr_ratio` of the peak."""
+
+    type: Literal["cosine", "linear", "wsd", "constant"] = Field(
+        "cosine", description="wsd: constant, then linear decay over the last `decay_fraction` of the steps."
+    )
+    warmup_steps: int = Field(0, ge=0, description="Steps of linear warm-up from 0.")
+    min_lr_ratio: float = Field(0.1, ge=0, le=1, description="Final learning rate as a share of the peak.")
+    decay_fraction: float = Field(0.2, gt=0, le=1, description="Share of the steps that wsd decays over.")
+
+
+class CheckpointConfig(Section):
+    """When checkpoints are written, which are kept, and what a start resumes from."""
+
+    every: int = Field(
+        100, ge=0, description="Steps between checkpoints; 0: only at the end or when interrupted."
+    )
+    keep: int = Field(3, ge=1, description="Newest checkpoints that are kept.")
+    keep_every: int = Field(
+        0, ge=0, description="Checkpoints at multiples of this step are kept for good; 0: none."
+    )
+    resume: str = Field(
+        "auto",
+        description="auto: the newest complete checkpoint of output_dir, if any; never: refuse a used "
+        "output_dir; must: fail without one; or the folder of a checkpoint.",
+    )
+
+
+class ValidationConfig(Section):
+    """Loss on held-out documents during training."""
+
+    every: int = Field(50, ge=0, description="Steps between validations; 0: only at the end.")
+    batches: int = Field(8, ge=0, description="Global batches per validation; 0: no validation.")
+
+
+class WandbConfig(Section):
+    """Weights & Biases through DeepSpeed's monitor."""
+
+    enabled: bool = False
+    project: str = Field("megamoe", description="Project name.")
+    group: str | None = Field(None, description="Run group.")
+    team: str | None = Field(None, description="Team (entity).")
+
+
+class MonitorConfig(Section):
+    """Sinks besides metrics.jsonl, which is always written and is the source of truth."""
+
+    wandb: WandbConfig = Field(default_factory=WandbConfig)
+    tensorboard: bool = Field(False, description="Write TensorBoard events under the run's logs/ folder.")
+
+
+class TrainingConfig(Section):
+    """One training run."""
+
+    steps: int = Field(200, ge=1, description="Optimizer steps; the schedule ends here.")
+    stop_after_step: int | None = Field(
+        None,
+        ge=1,
+        description="Save and leave after this step although the schedule goes on (for split jobs, tests).",
+    )
+    output_dir: str = Field("runs/default", description="Run folder: config, metrics, checkpoints, logs.")
+    seed: int = Field(1234, ge=0, description="Seed of every named random stream.")
+    micro_batch_size: int = Field(4, ge=1, description="Sequences per forward pass of one rank.")
+    global_batch_size: int = Field(16, ge=1, description="Sequences per optimizer step, over all ranks.")
+    precision: Literal["fp32", "bf16"] = Field(
+        "fp32", description="Weights and activations; masters are fp32."
+    )
+    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = Field(default_factory=ScheduleConfig)
+    gradient_clipping: float = Field(1.0, ge=0, description="Bound of the global gradient norm; 0: off.")
+    recompute: Literal["none", "full"] = Field(
+        "none", description="full: keep only each block's input and run the block again in the backward pass."
+    )
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    validation: ValidationConfig = Field(default_factory=ValidationConfig)
+    monitor: MonitorConfig = Field(default_factory=MonitorConfig)
+    log_every: int = Field(1, ge=1, description="Steps between lines of metrics.jsonl and the progress line.")
+    timeout_minutes: float = Field(10.0, gt=0, description="Limit of every collective: no rank waits longer.")

@@ -1,0 +1,45 @@
+"""One transformer block: attention, then a feed-forward that is dense or a mixture of experts."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from megamoe.config import derive
+from megamoe.config.run import RunConfig
+from megamoe.model.attention import Attention, KeyValueCache
+from megamoe.model.norms import build_norm
+from megamoe.moe.ffn import FeedForward
+from megamoe.moe.layer import ExpertParallel, MoELayer
+from megamoe.moe.types import LayerAux
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + feed_forward(norm(x))."""
+
+    def __init__(self, config: RunConfig, index: int, ep: ExpertParallel) -> None:
+        super().__init__()
+        model = config.model
+        self.attention_norm = build_norm(model.norm, model.hidden_size, model.norm_eps)
+        self.attention = Attention(
+            model.hidden_size,
+            model.num_heads,
+            derive.num_kv_heads(config),
+            derive.head_size(config),
+            model.rope_theta,
+        )
+        self.ffn_norm = build_norm(model.norm, model.hidden_size, model.norm_eps)
+        self.is_moe = derive.is_moe_layer(config, index)
+        self.ffn: nn.Module
+        if self.is_moe:
+            self.ffn = MoELayer(config.moe, model.hidden_size, ep, config.ops.expert_ffn)
+        else:
+            self.ffn = FeedForward(model.hidden_size, model.ffn_size)
+
+    def forward(self, x_BSD: Tensor, cache: KeyValueCache | None = None) -> tuple[Tensor, LayerAux]:
+        """[B, S, D] to ([B, S, D], what the MoE layer returned besides, empty for a dense block)."""
+        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), cache)
+        normed_BSD = self.ffn_norm(x_BSD)
+        if not self.is_moe:
+            return x_BSD + self.ffn(normed_BSD), LayerAux({}, {}, {})
+        out_BSD, aux = self.ffn(normed_BSD)
+        return x_BSD + out_BSD, aux

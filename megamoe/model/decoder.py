@@ -1,0 +1,94 @@
+"""The whole forward pass on one page."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from megamoe.config.run import RunConfig
+from megamoe.model.attention import KeyValueCache
+from megamoe.model.block import Block
+from megamoe.model.norms import build_norm
+from megamoe.moe.layer import ExpertParallel
+from megamoe.moe.types import LayerAux
+from megamoe.ops.linear_cross_entropy import linear_cross_entropy
+
+
+class ModelOutput(NamedTuple):
+    """What one micro-batch gives."""
+
+    loss: Tensor
+    """Cross entropy plus auxiliary losses: what is differentiated. fp32 scalar."""
+    cross_entropy: Tensor
+    """Mean over tokens, in nats, fp32 scalar."""
+    layers: tuple[LayerAux, ...]
+    """One per block, in order; empty dicts for dense blocks. Each loss appears once, recomputed or not."""
+
+
+class Head(nn.Module):
+    """Output projection [V, D]: loss from hidden rows and labels, or logits."""
+
+    def __init__(self, vocab_size: int, hidden_size: int, chunk_size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(vocab_size, hidden_size))
+        self.chunk_size = chunk_size
+
+    def forward(self, hidden_BSD: Tensor, labels_BS: Tensor | None = None) -> Tensor:
+        """Mean cross entropy, or without labels the logits [B, S, V] in fp32."""
+        if labels_BS is None:
+            return F.linear(hidden_BSD, self.weight).float()
+        return linear_cross_entropy(hidden_BSD.flatten(0, 1), self.weight, labels_BS.flatten(), self.chunk_size)
+
+
+class Decoder(nn.Module):
+    """Decoder-only transformer with experts.
+
+    Args:
+        config: the run; `model`, `moe` and `ops` shape the network, `training.recompute` its memory.
+        vocab_size: rows V of the embedding.
+        ep: this rank's place in its expert-parallel group.
+    """
+
+    def __init__(self, config: RunConfig, vocab_size: int, ep: ExpertParallel = ExpertParallel()) -> None:
+        super().__init__()
+        model = config.model
+        self.embedding = nn.Embedding(vocab_size, model.hidden_size)
+        self.blocks = nn.ModuleList(Block(config, i, ep) for i in range(model.num_layers))
+        self.norm = build_norm(model.norm, model.hidden_size, model.norm_eps)
+        self.head = Head(vocab_size, model.hidden_size, model.loss_chunk_size)
+        if model.tie_embeddings:
+            self.head.weight = self.embedding.weight
+        self.recompute = config.training.recompute == "full"
+
+    def forward(self, tokens_BS: Tensor, labels_BS: Tensor) -> ModelOutput:
+        """Loss of a micro-batch. `labels[b, s]` is the token that follows `tokens[b, s]`."""
+        hidden_BSD, layers = self._hidden(tokens_BS)
+        cross_entropy = self.head(hidden_BSD, labels_BS)
+        auxiliary = [term for aux in layers for term in aux.losses.values()]
+        return ModelOutput(sum(auxiliary, cross_entropy), cross_entropy, layers)
+
+    def logits(self, tokens_BS: Tensor, caches: list[KeyValueCache] | None = None) -> Tensor:
+        """Logits of the last position only, fp32 [B, V]. With caches (one per block) the tokens continue them."""
+        hidden_BSD, _ = self._hidden(tokens_BS, caches)
+        logits_BV: Tensor = self.head(hidden_BSD[:, -1:]).squeeze(1)
+        return logits_BV
+
+    def new_caches(self) -> list[KeyValueCache]:
+        """Empty caches for one generation."""
+        return [KeyValueCache() for _ in self.blocks]
+
+    def _hidden(
+        self, tokens_BS: Tensor, caches: list[KeyValueCache] | None = None
+    ) -> tuple[Tensor, tuple[LayerAux, ...]]:
+        x_BSD, layers = self.embedding(tokens_BS), []
+        for index, block in enumerate(self.blocks):
+            if self.recompute and self.training:
+                x_BSD, aux = checkpoint(block, x_BSD, use_reentrant=False)
+            else:
+                x_BSD, aux = block(x_BSD, caches[index] if caches is not None else None)
+            layers.append(aux)
+        return self.norm(x_BSD), tuple(layers)

@@ -1,0 +1,79 @@
+"""Expert choice: which of the tokens that chose an expert it keeps (ETR, arXiv 2406.00023, and the GShard baseline)."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+
+def static_capacity(num_tokens: int, num_experts: int, top_k: int, factor: float) -> int:
+    """C = ceil(factor * K * T / E), at least 8 or a quarter of the balanced load, and at most T.
+
+    The lower clamp is ours: fewer rows than that leave an expert without a usable gradient.
+    """
+    balanced = top_k * num_tokens / num_experts
+    floor = max(8, math.ceil(balanced / 4))
+    return min(num_tokens, max(floor, math.ceil(factor * balanced)))
+
+
+def keep_within(
+    affinity_A: Tensor,
+    expert_ids_A: Tensor,
+    num_experts: int,
+    *,
+    capacity: int | None,
+    threshold: float = 1.0,
+    drop: Literal["affinity", "position"] = "affinity",
+) -> Tensor:
+    """Which candidates each expert keeps.
+
+    Args:
+        affinity_A: fp32 [A], affinity of each (token, expert) candidate, in token order.
+        expert_ids_A: int64 [A], the expert of each candidate.
+        capacity: at most this many per expert; None: no bound.
+        threshold: tau; keep only the fewest candidates whose positive affinities sum to tau times the expert's
+            total. 1 is off. An expert without any positive affinity is not thresholded, so that all-negative
+            affinities still fill the capacity (the paper gives neither a value nor this case).
+        drop: over capacity, `affinity` drops the lowest affinity (ties: the later token), `position` the latest token.
+
+    Returns:
+        bool [A].
+    """
+    order_A = _rank_order(affinity_A, expert_ids_A, drop)
+    sorted_experts = expert_ids_A[order_A]
+    counts_E = torch.zeros(num_experts, dtype=torch.int64, device=affinity_A.device)
+    counts_E.scatter_add_(0, expert_ids_A, torch.ones_like(expert_ids_A))
+    start_E = counts_E.cumsum(0) - counts_E
+    place_A = torch.arange(len(order_A), device=affinity_A.device) - start_E[sorted_experts]
+    kept_sorted = torch.ones_like(place_A, dtype=torch.bool)
+    if threshold < 1.0:
+        kept_sorted &= _within_threshold(affinity_A[order_A], sorted_experts, start_E, counts_E, threshold)
+    if capacity is not None:
+        kept_sorted &= place_A < capacity
+    kept_A = torch.empty_like(kept_sorted)
+    kept_A[order_A] = kept_sorted
+    return kept_A
+
+
+def _rank_order(affinity_A: Tensor, expert_ids_A: Tensor, drop: str) -> Tensor:
+    """Candidates by expert, and for each expert from the first it would keep to the first it would drop."""
+    if drop == "position":
+        return torch.sort(expert_ids_A, stable=True).indices
+    by_affinity = torch.sort(affinity_A, descending=True, stable=True).indices
+    return by_affinity[torch.sort(expert_ids_A[by_affinity], stable=True).indices]
+
+
+def _within_threshold(affinity_A: Tensor, experts_A: Tensor, start_E: Tensor, counts_E: Tensor, tau: float) -> Tensor:
+    """Candidates (sorted as above) whose predecessors' positive affinities do not yet sum to tau of the total."""
+    # In float64: a cumulative sum over all experts is differenced, and fp32 would let one expert's sum blur another's.
+    positive_A = affinity_A.detach().double().clamp_min(0)
+    before_A = positive_A.cumsum(0) - positive_A
+    total_E = torch.zeros(len(counts_E), dtype=torch.float64, device=affinity_A.device)
+    total_E.scatter_add_(0, experts_A, positive_A)
+    first_E = start_E.clamp_max(max(0, len(before_A) - 1))
+    base_E = before_A[first_E] if len(before_A) else total_E
+    within = before_A - base_E[experts_A] < tau * total_E[experts_A]
+    return within | (total_E[experts_A] <= 0)

@@ -1,0 +1,92 @@
+"""Dispatch over an expert-parallel group by all-to-all with uneven splits."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from megamoe.moe.dispatch.base import Dispatcher
+from megamoe.moe.types import DispatchHandle, RoutingPlan
+from megamoe.ops.rows import gather_rows, sum_rows
+
+
+class _Exchange(NamedTuple):
+    """One exchange as this rank sees it."""
+
+    send_splits: list[int]
+    """Assignments for each rank, [P]."""
+    receive_splits: list[int]
+    """Rows from each rank, [P]."""
+    expert_order_R: Tensor
+    """int64 [R]: place in arrival order (source rank, expert, token) of each row in expert order."""
+
+
+class AllToAllDispatcher(Dispatcher):
+    """Rank p of the group holds the experts p*L ... (p+1)*L - 1.
+
+    Counts go first, because the splits of the rows follow from them; the host waits for them once per layer.
+    """
+
+    name = "all_to_all"
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.group = group
+        self.num_ranks = dist.get_world_size(group)
+
+    def dispatch(self, rows_TD: Tensor, plan: RoutingPlan) -> tuple[Tensor, Tensor, DispatchHandle]:
+        sent_PL = plan.rows_per_expert_E.view(self.num_ranks, -1)
+        received_PL = torch.empty_like(sent_PL)
+        dist.all_to_all_single(received_PL, sent_PL.contiguous(), group=self.group)
+        exchange = _Exchange(sent_PL.sum(1).tolist(), received_PL.sum(1).tolist(), expert_order(received_PL))
+        arrived_RD = self._exchange(gather_rows(rows_TD, plan.token_ids_A), exchange)
+        weights_R = self._exchange(plan.weights_A, exchange)
+        handle = DispatchHandle(gather_rows(weights_R, exchange.expert_order_R), plan, rows_TD.shape[0], exchange)
+        return gather_rows(arrived_RD, exchange.expert_order_R), received_PL.sum(0), handle
+
+    def combine(self, rows_RD: Tensor, handle: DispatchHandle) -> Tensor:
+        exchange: _Exchange = handle.state
+        arrival_RD = sum_rows(rows_RD, exchange.expert_order_R, rows_RD.shape[0])
+        home_AD = _AllToAll.apply(arrival_RD, exchange.receive_splits, exchange.send_splits, self.group)
+        return sum_rows(home_AD, handle.plan.token_ids_A, handle.num_rows)
+
+    def _exchange(self, rows: Tensor, exchange: _Exchange) -> Tensor:
+        return _AllToAll.apply(rows, exchange.send_splits, exchange.receive_splits, self.group)
+
+
+def expert_order(received_PL: Tensor) -> Tensor:
+    """Order that turns rows sorted by (source rank, expert) into rows sorted by (expert, source rank).
+
+    Args:
+        received_PL: int64 [P, L], rows that each rank sent for each local expert.
+
+    Returns:
+        int64 [R]: arrival place of each row in the new order. Stable: tokens of one sender and expert keep theirs.
+    """
+    num_ranks, num_local = received_PL.shape
+    experts = torch.arange(num_local, device=received_PL.device).repeat(num_ranks)
+    expert_of_R = torch.repeat_interleave(experts, received_PL.reshape(-1))
+    return torch.sort(expert_of_R, stable=True).indices
+
+
+class _AllToAll(torch.autograd.Function):
+    """all_to_all_single along dim 0 with uneven splits; its backward pass is the same with the splits exchanged."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup) -> Tensor:
+        ctx.send, ctx.receive, ctx.group = send, receive, group
+        return _all_to_all(rows, send, receive, group)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return _all_to_all(grads[0], ctx.receive, ctx.send, ctx.group), None, None, None
+
+
+def _all_to_all(rows: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup) -> Tensor:
+    arrived = rows.new_empty(sum(receive), *rows.shape[1:])
+    dist.all_to_all_single(arrived, rows.contiguous(), receive, send, group=group)
+    return arrived

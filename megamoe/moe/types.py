@@ -1,0 +1,55 @@
+"""What passes between the parts of an MoE layer. NamedTuples, because DeepSpeed's ZeRO-3 finds tensors inside them."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple
+
+from torch import Tensor
+
+Reduction = Literal["mean", "max", "sum"]
+"""How a metric is combined over micro-batches and ranks."""
+
+
+class RoutingPlan(NamedTuple):
+    """Which rows go to which experts, with which weight. Made by a router, which changes nothing else.
+
+    Ragged: plain top-k has A = T * K assignments, a bounded capacity drops some, broadcasting adds some.
+    The order is contract: by expert, then by token.
+    """
+
+    token_ids_A: Tensor
+    """int64 [A]: row of this rank."""
+    expert_ids_A: Tensor
+    """int64 [A]: global expert, ascending."""
+    weights_A: Tensor
+    """fp32 [A]: gate weight, differentiable."""
+    rows_per_expert_E: Tensor
+    """int64 [E]: number of assignments of each expert; sums to A."""
+    logits_TE: Tensor
+    """fp32 [T, E]: router logits."""
+    losses: dict[str, Tensor]
+    """Auxiliary losses, fp32 scalars, already multiplied by their coefficients."""
+    observations: dict[str, Tensor]
+    """Sums over this rank's rows that update the router's running statistics once per optimizer step."""
+    metrics: dict[str, tuple[Tensor, Reduction]]
+    """Values to report, each with its reduction."""
+
+
+class LayerAux(NamedTuple):
+    """What an MoE layer returns besides its output. Fields as in :class:`RoutingPlan`."""
+
+    losses: dict[str, Tensor]
+    observations: dict[str, Tensor]
+    metrics: dict[str, tuple[Tensor, Reduction]]
+
+
+class DispatchHandle(NamedTuple):
+    """What `combine` needs to bring rows home. Opaque to everyone but the dispatcher that made it."""
+
+    weights_R: Tensor
+    """[R]: gate weight of each received row, differentiable; the experts apply it."""
+    plan: RoutingPlan
+    num_rows: int
+    """T: rows of this rank."""
+    state: Any = None
+    """The dispatcher's own: splits and permutations."""

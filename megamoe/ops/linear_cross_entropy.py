@@ -1,0 +1,73 @@
+"""Op `linear_cross_entropy`: output projection and cross entropy together, a few rows at a time.
+
+The logits of all rows at once are the largest tensor of a training step (T * V). Here at most `chunk_size` rows have
+logits at one time, and the gradients are formed while those are at hand, so nothing is computed twice. (Ours; the idea
+of forming the gradient in the forward pass is that of Liger-Kernel's fused linear cross entropy.)
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+def linear_cross_entropy(hidden_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, chunk_size: int = 1024) -> Tensor:
+    """Mean cross entropy in nats of `softmax(hidden @ weight.T)` against `labels`, fp32 scalar.
+
+    Args:
+        hidden_TD: [T, D].
+        weight_VD: [V, D], same dtype.
+        labels_T: int64 [T], each in [0, V).
+        chunk_size: rows whose logits exist at one time; 0: all.
+    """
+    return _LinearCrossEntropy.apply(hidden_TD, weight_VD, labels_T, chunk_size or max(1, hidden_TD.shape[0]))
+
+
+def reference(hidden_TD: Tensor, weight_VD: Tensor, labels_T: Tensor) -> Tensor:
+    """The specification, with all logits at once."""
+    return F.cross_entropy(F.linear(hidden_TD, weight_VD).float(), labels_T)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, chunk_size: int) -> Tensor:
+        wants_grad = any(ctx.needs_input_grad[:2])
+        rows = hidden_TD.shape[0]
+        total = hidden_TD.new_zeros((), dtype=torch.float32)
+        d_hidden = torch.empty_like(hidden_TD) if wants_grad else None
+        # The weight's gradient is a sum over chunks, so it is kept in fp32 whatever the weight's dtype.
+        d_weight = torch.zeros_like(weight_VD, dtype=torch.float32) if wants_grad else None
+        for start in range(0, rows, chunk_size):
+            block = slice(start, start + chunk_size)
+            logits = torch.mm(hidden_TD[block], weight_VD.t()).float()
+            labels = labels_T[block, None]
+            log_norm = logits.logsumexp(-1, keepdim=True)
+            total += (log_norm - logits.gather(1, labels)).sum()
+            if d_hidden is None or d_weight is None:
+                continue
+            d_logits = logits.sub_(log_norm).exp_()
+            d_logits.scatter_add_(1, labels, d_logits.new_full(labels.shape, -1.0))
+            d_logits = d_logits.mul_(1.0 / rows).to(hidden_TD.dtype)
+            torch.mm(d_logits, weight_VD, out=d_hidden[block])
+            _accumulate(d_weight, d_logits, hidden_TD[block])
+        if d_hidden is not None and d_weight is not None:
+            ctx.save_for_backward(d_hidden, d_weight.to(weight_VD.dtype))
+        return total / rows
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        d_hidden, d_weight = ctx.saved_tensors
+        scale = grads[0]
+        return d_hidden * scale.to(d_hidden.dtype), d_weight * scale.to(d_weight.dtype), None, None
+
+
+def _accumulate(total_VD: Tensor, d_logits_TV: Tensor, hidden_TD: Tensor) -> None:
+    if total_VD.dtype == d_logits_TV.dtype:
+        total_VD.addmm_(d_logits_TV.t(), hidden_TD)
+    else:
+        total_VD.add_(torch.mm(d_logits_TV.t(), hidden_TD))

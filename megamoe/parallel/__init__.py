@@ -1,0 +1,1 @@
+"""How ranks are arranged and how they talk to each other."""

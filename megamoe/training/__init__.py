@@ -1,0 +1,1 @@
+"""Training: set-up, engine, loop, checkpoints."""

@@ -1,0 +1,144 @@
+"""Writing a checkpoint: all ranks into one hidden folder, then the manifest, then the name."""
+
+from __future__ import annotations
+
+import random
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from megamoe.common.errors import CheckpointError
+from megamoe.config import derive
+from megamoe.config.load import dump_config
+from megamoe.config.run import RunConfig
+from megamoe.parallel import collectives
+from megamoe.training.checkpoint import folder as folders
+from megamoe.training.checkpoint.weights import save_weights
+from megamoe.training.engine import Engine
+from megamoe.training.run_folder import write_json
+from megamoe.training.state import TrainState
+
+ENGINE_TAG = "state"
+
+
+def save_checkpoint(
+    engine: Engine, state: TrainState, config: RunConfig, architecture: dict[str, Any], tokenizer: Path, digest: str
+) -> Path:
+    """Save the run after `state.step` steps and return the checkpoint's folder. Collective.
+
+    Raises:
+        CheckpointError: it could not be written (no space, no permission); earlier checkpoints are untouched.
+    """
+    target = folders.incomplete_path(config.training.output_dir, state.step)
+    collectives.together(lambda: _prepare(target, config, architecture["model.vocab_size"]))
+    try:
+        _write(engine, target, config, tokenizer)
+    except (OSError, RuntimeError) as error:
+        raise _cannot_write(target, str(error)) from error
+    collectives.barrier()
+    parts = collectives.gather_objects(collectives.together(lambda: _digests(target)))
+    files = {name: entry for part in parts for name, entry in part.items()}
+    manifest = folders.Manifest(
+        **asdict(state),
+        architecture=architecture,
+        topology=topology_of(config),
+        tokenizer_digest=digest,
+        files=files,
+    )
+    return collectives.together(lambda: _publish(target, manifest, config))
+
+
+def topology_of(config: RunConfig) -> dict[str, Any]:
+    """What has to be equal for DeepSpeed's own files to be loaded."""
+    parallel, training = config.parallel.model_dump(), config.training
+    return {
+        "world_size": collectives.world_size(),
+        **parallel,
+        "precision": training.precision,
+        "optimizer": training.optimizer.type,
+    }
+
+
+def _prepare(target: Path, config: RunConfig, vocab_size: int) -> None:
+    """Rank 0 makes room and checks that there is enough of it, before anything is written."""
+    if collectives.rank() != 0:
+        return
+    try:
+        folders.clear_incomplete(config.training.output_dir)
+        target.mkdir(parents=True)
+        free = shutil.disk_usage(target).free
+    except OSError as error:
+        raise _cannot_write(target, str(error)) from error
+    needed = _estimate_bytes(config, vocab_size)
+    if free < needed:
+        folders.clear_incomplete(config.training.output_dir)
+        raise _cannot_write(target, f"{free / 1e6:.0f} MB free, about {needed / 1e6:.0f} MB needed")
+
+
+def _estimate_bytes(config: RunConfig, vocab_size: int) -> int:
+    """Our fp32 weights, the engine's weights, its fp32 masters and two moments; experts once, dense once."""
+    total = derive.parameter_counts(config, vocab_size)["total"].total
+    return total * (4 + (4 if config.training.precision == "fp32" else 2) + 12)
+
+
+def _write(engine: Engine, target: Path, config: RunConfig, tokenizer: Path) -> None:
+    groups = engine.groups
+    save_weights(
+        target,
+        engine.full_weights(),
+        engine.model,
+        dense=groups.rank == 0,
+        experts=groups.edp.place == 0,
+    )
+    engine.save(target / "engine", ENGINE_TAG)
+    ranks = target / "ranks"
+    ranks.mkdir(exist_ok=True)
+    torch.save(random_states(), ranks / f"rank_{groups.rank:05d}.pt")
+    if groups.rank == 0:
+        write_json(target / "config.json", dump_config(config))
+        shutil.copyfile(tokenizer, target / "tokenizer.model")
+
+
+def random_states() -> dict[str, Any]:
+    """The state of every generator that a library might draw from on this rank."""
+    name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
+    states = {
+        "torch": torch.get_rng_state(),
+        "numpy": [name, keys.tolist(), position, has_gauss, gauss],  # type: ignore[union-attr]
+        "python": random.getstate(),
+    }
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def _digests(target: Path) -> dict[str, dict[str, Any]]:
+    """This rank's share of the files; every rank has finished writing when it is called."""
+    try:
+        return folders.digests(target, collectives.rank(), collectives.world_size())
+    except OSError as error:
+        raise _cannot_write(target, str(error)) from error
+
+
+def _publish(target: Path, manifest: folders.Manifest, config: RunConfig) -> Path:
+    if collectives.rank() == 0:
+        checkpoint = config.training.checkpoint
+        try:
+            folders.publish(target, manifest)
+            folders.retain(config.training.output_dir, checkpoint.keep, checkpoint.keep_every)
+        except OSError as error:
+            raise _cannot_write(target, str(error)) from error
+    return target.with_name(folders.final_name(manifest.step))
+
+
+def _cannot_write(target: Path, reason: str) -> CheckpointError:
+    return CheckpointError(
+        f"checkpoint {target.name.removeprefix('.incomplete-')} could not be written",
+        got=reason,
+        expected=f"room and permission to write {target.parent}",
+        todo="free some space and start again: the run resumes from its newest complete checkpoint",
+    )

@@ -1,0 +1,105 @@
+"""Weights and running statistics by global name, independent of the layout over ranks.
+
+`dense.pt` holds everything that is equal on all ranks; `experts_<first>_<last>.pt` the stacked experts first ... last
+of every MoE block. Any number of ranks can read them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from megamoe.common.errors import CheckpointError
+from megamoe.moe.layer import MoELayer
+from megamoe.training.checkpoint.folder import damaged
+
+FOLDER = "weights"
+
+
+def save_weights(
+    folder: Path, weights: Iterable[tuple[str, Tensor]], model: nn.Module, *, dense: bool, experts: bool
+) -> None:
+    """Write this rank's part.
+
+    Args:
+        weights: (name, fp32 tensor) of every parameter; a collective, so it is consumed on every rank.
+        dense: whether this rank writes what is equal on all ranks.
+        experts: whether this rank writes its experts (one rank of those that hold the same ones).
+    """
+    (folder / FOLDER).mkdir(parents=True, exist_ok=True)
+    prefixes = _expert_prefixes(model)
+    mine: dict[bool, dict[str, Tensor]] = {False: {}, True: {}}
+    for name, tensor in weights:
+        is_expert = name.rpartition(".")[0] in prefixes
+        if experts if is_expert else dense:
+            mine[is_expert][name] = tensor.detach().float().cpu().clone()
+    if dense:
+        statistics = {name: buffer.cpu() for name, buffer in model.state_dict().items() if _is_buffer(model, name)}
+        torch.save(mine[False] | statistics, folder / FOLDER / "dense.pt")
+    if experts and mine[True]:
+        layer = next(m for m in model.modules() if isinstance(m, MoELayer))
+        first = layer.ep_rank * layer.num_local_experts
+        last = first + layer.num_local_experts - 1
+        torch.save(mine[True], folder / FOLDER / f"experts_{first:04d}_{last:04d}.pt")
+
+
+@torch.no_grad()
+def load_weights(folder: Path, model: nn.Module) -> None:
+    """Fill a model of any expert-parallel degree.
+
+    Raises:
+        CheckpointError: a file or a tensor is missing, or a shape does not fit.
+    """
+    target = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    wanted = {name for name in model.state_dict() if name in target}
+    for name, tensor in _read(folder, "dense.pt").items():
+        _copy(folder, name, target, tensor, wanted)
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, MoELayer)}
+    for path in sorted((folder / FOLDER).glob("experts_*.pt")) if layers else []:
+        first = int(path.stem.split("_")[1])
+        for name, tensor in _read(folder, path.name).items():
+            layer = layers[name.rpartition(".experts.")[0]]
+            _copy_experts(target[name], tensor, first, layer)
+            wanted.discard(name)
+    tied = {n for n in wanted if any(target[n] is target[o] for o in target if o not in wanted)}
+    if wanted - tied:
+        raise damaged(folder, f"no weights for {', '.join(sorted(wanted - tied)[:3])}")
+
+
+def _copy(folder: Path, name: str, target: dict[str, Tensor], tensor: Tensor, wanted: set[str]) -> None:
+    if name not in target or target[name].shape != tensor.shape:
+        have = tuple(target[name].shape) if name in target else "no such weight"
+        raise CheckpointError(
+            f"checkpoint {folder} holds weights of another architecture",
+            got=f"{name}: {tuple(tensor.shape)}",
+            expected=f"{have}",
+        )
+    target[name].copy_(tensor)
+    wanted.discard(name)
+
+
+def _copy_experts(parameter: Tensor, saved: Tensor, first: int, layer: MoELayer) -> None:
+    """Copy those of the saved experts `first` ... that this rank holds."""
+    mine = layer.ep_rank * layer.num_local_experts
+    start, end = max(first, mine), min(first + len(saved), mine + layer.num_local_experts)
+    if start < end:
+        parameter[start - mine : end - mine].copy_(saved[start - first : end - first])
+
+
+def _read(folder: Path, name: str) -> dict[str, Tensor]:
+    try:
+        tensors: dict[str, Tensor] = torch.load(folder / FOLDER / name, mmap=True, weights_only=True, map_location="cpu")
+    except (OSError, RuntimeError, ValueError) as error:
+        raise damaged(folder, f"{FOLDER}/{name} cannot be read: {error}") from error
+    return tensors
+
+
+def _expert_prefixes(model: nn.Module) -> set[str]:
+    return {f"{name}.experts" for name, module in model.named_modules() if isinstance(module, MoELayer)}
+
+
+def _is_buffer(model: nn.Module, name: str) -> bool:
+    return name in dict(model.named_buffers())

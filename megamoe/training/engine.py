@@ -1,0 +1,205 @@
+"""The adapter to DeepSpeed's engine, and the one place that knows its ways.
+
+Written against the versions in `SUPPORTED` and refused on others: several settings that look harmless elsewhere train
+wrong numbers there without a message, and each line below that works around one says which.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from megamoe.common.errors import ConfigError
+from megamoe.config.deepspeed import deepspeed_config
+from megamoe.config.run import RunConfig
+from megamoe.model.decoder import Decoder, ModelOutput
+from megamoe.moe.marker import group_name, is_expert
+from megamoe.parallel.groups import Groups
+from megamoe.training.grad_norm import clip_gradients
+from megamoe.training.optimizer import parameter_groups, set_lr
+
+SUPPORTED = ("0.19.8", "0.20")
+"""First version that is supported, and first that is not."""
+
+
+class Engine:
+    """A model and its optimizer inside DeepSpeed.
+
+    Args:
+        config: the run.
+        model: this rank's shard, already initialised; the engine takes it over.
+        groups: the process groups of the run.
+    """
+
+    def __init__(self, config: RunConfig, model: Decoder, groups: Groups) -> None:
+        import deepspeed
+
+        check_version(importlib.metadata.version("deepspeed"))
+        _prepare_deepspeed()
+        register_expert_groups(groups)
+        self.config, self.groups = config, groups
+        self.optimizer = _build_optimizer(model, config)
+        self._clipped_norm: Tensor | None = None
+        if config.parallel.zero_stage == 0:
+            self.optimizer.register_step_pre_hook(self._clip)
+        self._engine, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=self.optimizer,
+            config=deepspeed_config(config, groups.topology.world_size),
+            dist_init_required=False,
+        )
+        self._check_moe_seen(model)
+
+    @property
+    def model(self) -> Decoder:
+        """The model inside. Under ZeRO-3 its parameters are empty outside of a forward or backward pass."""
+        module: Decoder = self._engine.module
+        return module
+
+    def micro_step(self, tokens_BS: Tensor, labels_BS: Tensor, *, last: bool) -> ModelOutput:
+        """Forward and backward pass of one micro-batch; gradients are averaged over micro-batches and ranks.
+
+        Args:
+            last: whether it is the last of its optimizer step; the gradients are then reduced.
+        """
+        self._engine.set_gradient_accumulation_boundary(last)
+        output: ModelOutput = self._engine(tokens_BS, labels_BS)
+        self._engine.backward(output.loss)
+        return output
+
+    def optimizer_step(self, lr_factor: float) -> float:
+        """Clip, step, clear the gradients. Returns the global gradient norm before clipping."""
+        set_lr(self.optimizer, lr_factor)
+        self._engine.step()
+        norm = self._clipped_norm if self.config.parallel.zero_stage == 0 else self._engine.get_global_grad_norm()
+        return float(norm) if norm is not None else float("nan")
+
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Evaluation mode without gradients."""
+        self._engine.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self._engine.train()
+
+    def evaluate(self, tokens_BS: Tensor, labels_BS: Tensor) -> ModelOutput:
+        """Forward pass only, inside `evaluating`."""
+        output: ModelOutput = self._engine(tokens_BS, labels_BS)
+        return output
+
+    def write_events(self, events: list[tuple[str, float, int]]) -> None:
+        """Pass (name, value, step) to DeepSpeed's monitors, on rank 0 and where one is enabled."""
+        if self._engine.monitor.enabled and self.groups.rank == 0:
+            self._engine.monitor.write_events(events)
+
+    def full_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Every parameter of this rank in full precision, gathered over ZeRO shards one at a time.
+
+        Collective: all ranks iterate to the end. Experts come as this rank's stack [L, ...]. The tensors of ZeRO-0 and
+        fp32 are views of the live weights, so copy what is kept.
+        """
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        for name, parameter in self.model.named_parameters():
+            if self.config.parallel.zero_stage == 0:
+                yield name, parameter.detach()
+            else:
+                yield name, safe_get_full_fp32_param(parameter)
+
+    def full_gradients(self) -> Iterator[tuple[str, Tensor]]:
+        """Every parameter's averaged gradient, between the last `micro_step` and `optimizer_step`; as `full_weights`."""
+        from deepspeed.utils import safe_get_full_grad
+
+        for name, parameter in self.model.named_parameters():
+            if self.config.parallel.zero_stage == 0:
+                assert parameter.grad is not None
+                yield name, parameter.grad
+            else:
+                yield name, safe_get_full_grad(parameter)
+
+    def save(self, folder: Path, tag: str) -> None:
+        """Write DeepSpeed's checkpoint, weights and optimizer state, for the same layout. Collective."""
+        self._engine.save_checkpoint(str(folder), tag=tag, save_latest=False)
+
+    def load(self, folder: Path, tag: str) -> None:
+        """Read what `save` wrote. Collective.
+
+        Raises:
+            FileNotFoundError: DeepSpeed found no checkpoint there.
+        """
+        path, _ = self._engine.load_checkpoint(str(folder), tag=tag, load_lr_scheduler_states=False)
+        if path is None:
+            raise FileNotFoundError(f"DeepSpeed finds no checkpoint {tag} in {folder}")
+
+    def close(self) -> None:
+        """Release what DeepSpeed holds."""
+        self._engine.destroy()
+
+    def _clip(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        # DeepSpeed's ZeRO-0 clips every rank by the norm of its own experts, so replicas drift apart; its clipping is
+        # off there (config/deepspeed) and ours runs right before the optimizer's step.
+        self._clipped_norm = clip_gradients(
+            self._engine.module.parameters(), self.config.training.gradient_clipping, self.groups
+        )
+
+    def _check_moe_seen(self, model: nn.Module) -> None:
+        has_experts = any(is_expert(parameter) for parameter in model.parameters())
+        if has_experts and not self._engine.has_moe_layers:
+            raise ConfigError(
+                "The model has experts, but the DeepSpeed engine did not recognise any MoE layer.",
+                got=f"deepspeed {importlib.metadata.version('deepspeed')} with has_moe_layers = False",
+                expected="an engine that reduces expert gradients over the expert-data-parallel group",
+                todo="install the deepspeed version of docker/constraints.txt; training on would average all experts",
+            )
+
+
+def check_version(installed: str) -> None:
+    """Refuse versions of DeepSpeed that the adapter was not written for."""
+    from packaging.version import Version
+
+    first, beyond = (Version(text) for text in SUPPORTED)
+    if not first <= Version(installed) < beyond:
+        raise ConfigError(
+            "This version of DeepSpeed is not supported.",
+            got=f"deepspeed {installed}",
+            expected=f"at least {first} and below {beyond}",
+            todo="install the version of docker/constraints.txt",
+        )
+
+
+def register_expert_groups(groups: Groups) -> None:
+    """Give DeepSpeed our expert groups under its name for them, before it makes its own with other ranks."""
+    from deepspeed.utils import groups as registry
+
+    name = group_name(groups.ep.size)
+    registry._EXPERT_PARALLEL_GROUP[name] = groups.ep.handle
+    registry._EXPERT_PARALLEL_GROUP_RANKS[name] = list(groups.ep.ranks)
+    registry._EXPERT_DATA_PARALLEL_GROUP[name] = groups.edp.handle
+    registry._EXPERT_DATA_PARALLEL_GROUP_RANKS[name] = list(groups.edp.ranks)
+
+
+def _prepare_deepspeed() -> None:
+    import deepspeed.ops
+
+    # Compiled with the first process group (22 s), used by inference only; a process killed meanwhile leaves a lock
+    # behind that makes every later start wait for ever without a message.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def _build_optimizer(model: nn.Module, config: RunConfig) -> torch.optim.Optimizer:
+    settings = config.training.optimizer
+    groups = parameter_groups(model, settings)
+    if settings.type == "adamw":
+        return torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps)
+    from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
+
+    optimizer: torch.optim.Optimizer = MuonWithAuxAdam(groups)
+    return optimizer

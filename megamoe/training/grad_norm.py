@@ -1,0 +1,39 @@
+"""Gradient clipping by the global norm where experts are spread over ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from megamoe.moe.marker import is_expert
+from megamoe.parallel.groups import Groups
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float, groups: Groups) -> Tensor:
+    """Scale gradients in place so that their global norm is at most `max_norm`; 0 only measures.
+
+    The gradients are reduced already, so dense ones are equal on all ranks; experts differ over the expert-parallel
+    group, and their squared norms are summed over it. Every rank gets the same norm.
+
+    Returns:
+        The norm before clipping, fp32 scalar.
+    """
+    gradients = [(is_expert(p), p.grad) for p in parameters if p.grad is not None]
+    dense, expert = (_squared_norm([g for e, g in gradients if e is kind]) for kind in (False, True))
+    if groups.ep.size > 1:
+        dist.all_reduce(expert, group=groups.ep.handle)
+    norm = (dense + expert).sqrt()
+    if max_norm > 0:
+        scale = (max_norm / (norm + 1e-6)).clamp_max(1.0)
+        for _, gradient in gradients:
+            gradient.mul_(scale.to(gradient))
+    return norm
+
+
+def _squared_norm(gradients: list[Tensor]) -> Tensor:
+    if not gradients:
+        return torch.zeros(())
+    return torch.stack([g.float().square().sum() for g in gradients]).sum()

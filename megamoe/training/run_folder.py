@@ -1,0 +1,75 @@
+"""The run folder: config.json, metrics.jsonl, checkpoints/, logs/."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from megamoe.common.errors import ConfigError
+from megamoe.config.load import dump_config
+from megamoe.config.run import RunConfig
+
+
+def open_run_folder(config: RunConfig) -> Path:
+    """Make the folder and write the resolved configuration. Rank 0 does this.
+
+    Raises:
+        ConfigError: the folder cannot be written.
+    """
+    folder = Path(config.training.output_dir)
+    try:
+        (folder / "logs").mkdir(parents=True, exist_ok=True)
+        (folder / "checkpoints").mkdir(exist_ok=True)
+        write_json(folder / "config.json", dump_config(config))
+    except OSError as error:
+        raise ConfigError(
+            "The run folder cannot be written.",
+            got=f"training.output_dir = {folder}: {error}",
+            expected="a folder that can be made and written",
+            todo="free some space, or choose another training.output_dir",
+        ) from error
+    return folder
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Write whole or not at all: a reader never sees half a file."""
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("w") as file:
+        json.dump(values, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+class MetricsFile:
+    """metrics.jsonl: one JSON object per line, one line per logged step, flushed at once.
+
+    A resumed run first drops the lines after its checkpoint's step, which it is about to write again.
+    """
+
+    def __init__(self, folder: Path, resumed_step: int) -> None:
+        path = folder / "metrics.jsonl"
+        if path.exists():
+            lines = [line for line in path.read_text().splitlines() if _step_of(line) <= resumed_step]
+            partial = path.with_name(".metrics.jsonl.partial")
+            partial.write_text("".join(f"{line}\n" for line in lines))
+            partial.replace(path)
+        self._file = path.open("a")
+
+    def write(self, values: dict[str, Any]) -> None:
+        """Append one line."""
+        self._file.write(json.dumps(values) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _step_of(line: str) -> float:
+    """The step of a line; a line torn by a crash counts as after every step."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return float("inf")
