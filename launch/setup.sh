@@ -150,4 +150,6 @@ main() {
     say "ready in ${SECONDS} s"
 }
 
+# pip answers Ctrl-C with an ordinary exit code; without this the script would go on to its next attempt.
+trap 'exit 130' INT TERM
 main "$@"

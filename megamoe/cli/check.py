@@ -21,9 +21,7 @@ the resolved configuration, the rank map, parameters, memory and the DeepSpeed c
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Register the command."""
     parser = subparsers.add_parser("check", help=SUMMARY, description=DESCRIPTION)
-    parser.add_argument(
-        "config", nargs="*", metavar="CONFIG | key=value", help="YAML or JSON file or override"
-    )
+    parser.add_argument("config", nargs="*", metavar="CONFIG | key=value", help="YAML or JSON file or override")
     parser.add_argument("--world-size", type=int, metavar="N", help="number of ranks (default: the fewest)")
     parser.add_argument("--write-schema", metavar="FILE", help="only write the JSON schema for editors")
     parser.set_defaults(rest="config")  # words after an option belong there too

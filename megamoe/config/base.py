@@ -13,6 +13,4 @@ class Section(BaseModel):
     ignored; no infinities or NaN because bounds do not catch them and JSON cannot store them.
     """
 
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, validate_default=True, allow_inf_nan=False
-    )
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, validate_default=True, allow_inf_nan=False)

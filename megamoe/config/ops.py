@@ -13,5 +13,6 @@ class OpsConfig(Section):
     """`auto` takes the fastest available implementation and prints which; a named one must be available."""
 
     expert_ffn: Literal["auto", "reference", "blocked", "grouped_mm"] = Field(
-        "auto", description="Feed-forward of the experts: plain loop, blocked loop (CPU), or torch's grouped_mm."
+        "auto",
+        description="Feed-forward of the experts: plain loop, blocked loop (CPU), or torch's grouped_mm.",
     )

@@ -158,9 +158,7 @@ def wsd_phases_fit(config: RunConfig) -> Iterator[Problem]:
 def stop_lies_within_steps(config: RunConfig) -> Iterator[Problem]:
     stop, steps = config.training.stop_after_step, config.training.steps
     if stop is not None and stop > steps:
-        yield Problem(
-            "training.stop_after_step", f"{stop} is after training.steps {steps}", ("training.steps",)
-        )
+        yield Problem("training.stop_after_step", f"{stop} is after training.steps {steps}", ("training.steps",))
 
 
 def kept_checkpoints_are_written(config: RunConfig) -> Iterator[Problem]:
@@ -172,9 +170,7 @@ def kept_checkpoints_are_written(config: RunConfig) -> Iterator[Problem]:
 
 def zero_0_runs_in_fp32(config: RunConfig) -> Iterator[Problem]:
     if config.parallel.zero_stage == 0 and config.training.precision == "bf16":
-        what = (
-            "stage 0 accumulates bf16 gradients in bf16, visibly worse than DeepSpeed's other stages; use 1"
-        )
+        what = "stage 0 accumulates bf16 gradients in bf16, visibly worse than DeepSpeed's other stages; use 1"
         yield Problem("parallel.zero_stage", what, ("training.precision",))
 
 
@@ -234,9 +230,7 @@ def _world_problems(config: RunConfig, world_size: int) -> list[Problem]:
     step_text = f"micro_batch_size {training.micro_batch_size} * dp {dp} (world size {world_size} / {dense})"
     batch = "training.global_batch_size"
     return [
-        *_must_divide(
-            "parallel.ep", f"world size {world_size} / pp {p.pp}", stage, f"ep {p.ep} * etp {p.etp}", expert
-        ),
+        *_must_divide("parallel.ep", f"world size {world_size} / pp {p.pp}", stage, f"ep {p.ep} * etp {p.etp}", expert),
         *_must_divide(batch, "global_batch_size", training.global_batch_size, step_text, step),
     ]
 

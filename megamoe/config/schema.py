@@ -43,6 +43,4 @@ def write_schema(path: str | Path) -> None:
     try:
         Path(path).write_text(schema_text(), encoding="utf-8")
     except OSError as error:
-        raise ConfigError(
-            "The schema cannot be written.", got=str(error), expected="a writable path"
-        ) from error
+        raise ConfigError("The schema cannot be written.", got=str(error), expected="a writable path") from error

@@ -16,9 +16,7 @@ class OptimizerConfig(Section):
     lr: float = Field(3e-3, gt=0, description="Peak learning rate of AdamW weights.")
     betas: Annotated[tuple[float, float], Strict(False)] = Field((0.9, 0.95), description="AdamW betas.")
     eps: float = Field(1e-8, gt=0, description="AdamW epsilon.")
-    weight_decay: float = Field(
-        0.1, ge=0, description="Decoupled decay of matrices; never of norms, biases, scales."
-    )
+    weight_decay: float = Field(0.1, ge=0, description="Decoupled decay of matrices; never of norms, biases, scales.")
     muon_lr: float = Field(0.02, gt=0, description="Peak learning rate of Muon weights.")
     muon_momentum: float = Field(0.95, ge=0, lt=1, description="Momentum of Muon.")
 
@@ -37,13 +35,9 @@ class ScheduleConfig(Section):
 class CheckpointConfig(Section):
     """When checkpoints are written, which are kept, and what a start resumes from."""
 
-    every: int = Field(
-        100, ge=0, description="Steps between checkpoints; 0: only at the end or when interrupted."
-    )
+    every: int = Field(100, ge=0, description="Steps between checkpoints; 0: only at the end or when interrupted.")
     keep: int = Field(3, ge=1, description="Newest checkpoints that are kept.")
-    keep_every: int = Field(
-        0, ge=0, description="Checkpoints at multiples of this step are kept for good; 0: none."
-    )
+    keep_every: int = Field(0, ge=0, description="Checkpoints at multiples of this step are kept for good; 0: none.")
     resume: str = Field(
         "auto",
         description="auto: the newest complete checkpoint of output_dir, if any; never: refuse a used "
@@ -87,9 +81,7 @@ class TrainingConfig(Section):
     seed: int = Field(1234, ge=0, description="Seed of every named random stream.")
     micro_batch_size: int = Field(4, ge=1, description="Sequences per forward pass of one rank.")
     global_batch_size: int = Field(16, ge=1, description="Sequences per optimizer step, over all ranks.")
-    precision: Literal["fp32", "bf16"] = Field(
-        "fp32", description="Weights and activations; masters are fp32."
-    )
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="Weights and activations; masters are fp32.")
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = Field(default_factory=ScheduleConfig)
     gradient_clipping: float = Field(1.0, ge=0, description="Bound of the global gradient norm; 0: off.")

@@ -140,9 +140,7 @@ def _parse_line(line: bytes, place: str, text_key: str) -> str:
     except ValueError as error:  # covers bytes that are not UTF-8
         raise DataError(f"{place} is not JSON.", got=str(error), expected=expected, todo=todo) from error
     if not isinstance(record, dict):
-        raise DataError(
-            f"{place} is not a JSON object.", got=type(record).__name__, expected=expected, todo=todo
-        )
+        raise DataError(f"{place} is not a JSON object.", got=type(record).__name__, expected=expected, todo=todo)
     text = record.get(text_key)
     if not isinstance(text, str):
         keys = ", ".join(f"{key} ({type(value).__name__})" for key, value in record.items())

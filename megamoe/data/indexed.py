@@ -87,9 +87,7 @@ class IndexedTokens:
         self.prefix = prefix
         self.sizes = _read_sizes(prefix)
         self.num_tokens = int(self.sizes.sum())
-        module = (
-            _indexed_dataset()
-        )  # outside the redirection, since DeepSpeed's log keeps the stdout it finds
+        module = _indexed_dataset()  # outside the redirection, since DeepSpeed's log keeps the stdout it finds
         with contextlib.redirect_stdout(io.StringIO()):  # the reader prints its progress
             self._dataset = module.MMapIndexedDataset(str(prefix), skip_warmup=True)
 
@@ -115,9 +113,7 @@ def _read_sizes(prefix: Path) -> Tokens:
     idx, bin_ = idx_path(prefix), bin_path(prefix)
     for path in (idx, bin_):
         if not path.is_file():
-            raise DataError(
-                f"Token file {path} is missing.", expected=f"{idx.name} and {bin_.name}", todo=_todo()
-            )
+            raise DataError(f"Token file {path} is missing.", expected=f"{idx.name} and {bin_.name}", todo=_todo())
     dtype, sequences, boundaries = _read_header(idx)
     _check_size(idx, _HEADER.size + sequences * (4 + 8) + boundaries * 8)
     sizes = np.fromfile(idx, dtype=np.int32, count=sequences, offset=_HEADER.size).astype(np.int64)

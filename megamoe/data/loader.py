@@ -78,9 +78,7 @@ class TokenSamples:
             count = len(self._tokens)
             documents = np.arange(count)
             if self._seed is not None:
-                documents = permute(
-                    documents, count, stream_seed(self._seed, "data", "documents", self._name, epoch)
-                )
+                documents = permute(documents, count, stream_seed(self._seed, "data", "documents", self._name, epoch))
             while len(self._orders) > 1:
                 del self._orders[next(iter(self._orders))]
             self._orders[epoch] = _Order(documents, np.cumsum(self._tokens.sizes[documents]))
@@ -158,9 +156,7 @@ class BatchLoader:
         return samples[:, :-1].contiguous(), samples[:, 1:].contiguous()
 
 
-def documents(
-    config: DataConfig, manifest: Manifest, source: str, split: Split = "validation"
-) -> Iterator[Tensor]:
+def documents(config: DataConfig, manifest: Manifest, source: str, split: Split = "validation") -> Iterator[Tensor]:
     """Every document of a source in the order of the files, whole, int64 [tokens], its last token the eod id.
 
     Raises:

@@ -182,9 +182,7 @@ def _check_pair(prefix: Path, expected: SplitManifest) -> None:
         found = path.stat().st_size if path.is_file() else None
         if found != size:
             raise DataError(
-                f"Token file {path} is missing."
-                if found is None
-                else f"Token file {path} is truncated or damaged.",
+                f"Token file {path} is missing." if found is None else f"Token file {path} is truncated or damaged.",
                 got="no file" if found is None else f"{found} bytes",
                 expected=f"{size} bytes",
                 todo=f"restore the file, or prepare the data again: {_OVERWRITE}",

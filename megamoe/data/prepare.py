@@ -44,9 +44,7 @@ from megamoe.data.manifest import (
 from megamoe.data.staging import exclusive, staged
 from megamoe.data.tokenizer import Tokenizer, train_tokenizer
 
-_BATCH_CHARS = (
-    1_000_000  # text per thread and turn: large against the start of a thread, small against memory
-)
+_BATCH_CHARS = 1_000_000  # text per thread and turn: large against the start of a thread, small against memory
 _log = get_logger(__name__)
 
 

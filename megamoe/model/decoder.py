@@ -15,7 +15,7 @@ from megamoe.model.block import Block
 from megamoe.model.norms import build_norm
 from megamoe.moe.layer import ExpertParallel
 from megamoe.moe.types import LayerAux
-from megamoe.ops.linear_cross_entropy import linear_cross_entropy
+from megamoe.ops.linear_cross_entropy import linear_cross_entropy, token_losses
 
 
 class ModelOutput(NamedTuple):
@@ -36,6 +36,11 @@ class Head(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(vocab_size, hidden_size))
         self.chunk_size = chunk_size
+
+    def tie(self, embedding_VD: Tensor) -> None:
+        """Use the embedding's parameter as this one, so that there is only one."""
+        assert isinstance(embedding_VD, nn.Parameter)
+        self.weight = embedding_VD
 
     def forward(self, hidden_BSD: Tensor, labels_BS: Tensor | None = None) -> Tensor:
         """Mean cross entropy, or without labels the logits [B, S, V] in fp32."""
@@ -61,7 +66,7 @@ class Decoder(nn.Module):
         self.norm = build_norm(model.norm, model.hidden_size, model.norm_eps)
         self.head = Head(vocab_size, model.hidden_size, model.loss_chunk_size)
         if model.tie_embeddings:
-            self.head.weight = self.embedding.weight
+            self.head.tie(self.embedding.weight)
         self.recompute = config.training.recompute == "full"
 
     def forward(self, tokens_BS: Tensor, labels_BS: Tensor) -> ModelOutput:
@@ -76,6 +81,15 @@ class Decoder(nn.Module):
         hidden_BSD, _ = self._hidden(tokens_BS, caches)
         logits_BV: Tensor = self.head(hidden_BSD[:, -1:]).squeeze(1)
         return logits_BV
+
+    def token_losses(self, tokens_BS: Tensor, labels_BS: Tensor) -> Tensor:
+        """Cross entropy of every token, fp32 [B, S], without gradients."""
+        with torch.no_grad():
+            hidden_BSD, _ = self._hidden(tokens_BS)
+            losses_T = token_losses(
+                hidden_BSD.flatten(0, 1), self.head.weight, labels_BS.flatten(), self.head.chunk_size
+            )
+        return losses_T.view(tokens_BS.shape)
 
     def new_caches(self) -> list[KeyValueCache]:
         """Empty caches for one generation."""

@@ -24,7 +24,7 @@ def _apex_norm(size: int, eps: float) -> nn.Module:
     try:
         # The PyPI package called apex is something else; only NVIDIA's has this module.
         normalization = importlib.import_module("apex.normalization")
-        return normalization.FusedRMSNorm(size, eps=eps)  # type: ignore[no-any-return]
+        return normalization.FusedRMSNorm(size, eps=eps)
     except ImportError as error:
         raise KernelUnavailable(
             "NVIDIA apex is not installed",

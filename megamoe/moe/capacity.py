@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 from typing import Literal
 
 import torch
@@ -14,9 +15,10 @@ def static_capacity(num_tokens: int, num_experts: int, top_k: int, factor: float
 
     The lower clamp is ours: fewer rows than that leave an expert without a usable gradient.
     """
-    balanced = top_k * num_tokens / num_experts
+    balanced = Fraction(top_k * num_tokens, num_experts)
     floor = max(8, math.ceil(balanced / 4))
-    return min(num_tokens, max(floor, math.ceil(factor * balanced)))
+    # Exact, with the factor as it is written: in floating point 1.1 * 50 is a little more than 55.
+    return min(num_tokens, max(floor, math.ceil(Fraction(str(factor)) * balanced)))
 
 
 def keep_within(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch.distributed as dist
 from torch import Tensor
 
 from megamoe.config.moe import MoEConfig
@@ -14,6 +13,7 @@ from megamoe.moe.ffn import FeedForward
 from megamoe.moe.marker import ExpertParallelMarker
 from megamoe.moe.routers import build_router
 from megamoe.moe.types import LayerAux
+from megamoe.parallel.groups import ProcessGroup
 
 
 class ExpertParallel(NamedTuple):
@@ -21,7 +21,7 @@ class ExpertParallel(NamedTuple):
 
     size: int = 1
     rank: int = 0
-    group: dist.ProcessGroup | None = None
+    group: ProcessGroup | None = None
 
 
 class MoELayer(ExpertParallelMarker):

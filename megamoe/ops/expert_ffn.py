@@ -21,7 +21,9 @@ from megamoe.ops.registry import Implementation, Op
 ExpertFFN = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
-def reference(rows_RD: Tensor, weights_R: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, rows_per_expert_L: Tensor) -> Tensor:
+def reference(
+    rows_RD: Tensor, weights_R: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, rows_per_expert_L: Tensor
+) -> Tensor:
     """The specification: a loop over experts in plain autograd.
 
     Args:
@@ -51,7 +53,9 @@ class _BlockedFFN(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, rows_RD: Tensor, weights_R: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, counts: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, rows_RD: Tensor, weights_R: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, counts: Tensor
+    ) -> Tensor:
         splits = counts.tolist()
         h1_RF = rows_RD.new_empty(rows_RD.shape[0], w1.shape[1])
         h3_RF, out_RD = torch.empty_like(h1_RF), torch.empty_like(rows_RD)
@@ -72,7 +76,13 @@ class _BlockedFFN(torch.autograd.Function):
         d_rows, d_weights = torch.empty_like(rows_RD), torch.empty_like(weights_R)
         d_w1, d_w2, d_w3 = torch.empty_like(w1), torch.empty_like(w2), torch.empty_like(w3)
         for e, block in _blocks(ctx.splits):
-            h1, h3, grad, x, weight = h1_RF[block], h3_RF[block], grad_RD[block], rows_RD[block], weights_R[block, None]
+            h1, h3, grad, x, weight = (
+                h1_RF[block],
+                h3_RF[block],
+                grad_RD[block],
+                rows_RD[block],
+                weights_R[block, None],
+            )
             gate = F.silu(h1)
             act = gate * h3
             d_act = torch.mm(grad, w2[e])
@@ -97,12 +107,16 @@ def _blocks(splits: list[int]) -> list[tuple[int, slice]]:
     return blocks
 
 
-def blocked(rows_RD: Tensor, weights_R: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, rows_per_expert_L: Tensor) -> Tensor:
+def blocked(
+    rows_RD: Tensor, weights_R: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, rows_per_expert_L: Tensor
+) -> Tensor:
     """As :func:`reference`; the fastest one on a CPU. Waits for the counts on the host."""
     return _BlockedFFN.apply(rows_RD, weights_R.to(rows_RD.dtype), w1, w2, w3, rows_per_expert_L)
 
 
-def grouped_mm(rows_RD: Tensor, weights_R: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, rows_per_expert_L: Tensor) -> Tensor:
+def grouped_mm(
+    rows_RD: Tensor, weights_R: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, rows_per_expert_L: Tensor
+) -> Tensor:
     """As :func:`reference` through `torch.nn.functional.grouped_mm`: one launch for all experts, no wait of the host."""
     ends_L = rows_per_expert_L.cumsum(0).to(torch.int32)
     h1_RF = F.grouped_mm(rows_RD, w1.transpose(1, 2), offs=ends_L)

@@ -24,7 +24,21 @@ def linear_cross_entropy(hidden_TD: Tensor, weight_VD: Tensor, labels_T: Tensor,
         labels_T: int64 [T], each in [0, V).
         chunk_size: rows whose logits exist at one time; 0: all.
     """
-    return _LinearCrossEntropy.apply(hidden_TD, weight_VD, labels_T, chunk_size or max(1, hidden_TD.shape[0]))
+    # Asked here: inside the function, grad mode is always off and inputs tell nothing of torch.no_grad().
+    wants_grad = torch.is_grad_enabled() and (hidden_TD.requires_grad or weight_VD.requires_grad)
+    chunk_size = chunk_size or max(1, hidden_TD.shape[0])
+    return _LinearCrossEntropy.apply(hidden_TD, weight_VD, labels_T, chunk_size, wants_grad)
+
+
+@torch.no_grad()
+def token_losses(hidden_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, chunk_size: int = 1024) -> Tensor:
+    """Cross entropy of every row by itself, fp32 [T], without gradients. Arguments as above."""
+    chunk_size = chunk_size or max(1, hidden_TD.shape[0])
+    parts = [
+        F.cross_entropy(F.linear(hidden, weight_VD).float(), labels, reduction="none")
+        for hidden, labels in zip(hidden_TD.split(chunk_size), labels_T.split(chunk_size), strict=True)
+    ]
+    return torch.cat(parts) if parts else hidden_TD.new_zeros(0, dtype=torch.float32)
 
 
 def reference(hidden_TD: Tensor, weight_VD: Tensor, labels_T: Tensor) -> Tensor:
@@ -34,8 +48,9 @@ def reference(hidden_TD: Tensor, weight_VD: Tensor, labels_T: Tensor) -> Tensor:
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, chunk_size: int) -> Tensor:
-        wants_grad = any(ctx.needs_input_grad[:2])
+    def forward(
+        ctx: Any, hidden_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, chunk_size: int, wants_grad: bool
+    ) -> Tensor:
         rows = hidden_TD.shape[0]
         total = hidden_TD.new_zeros((), dtype=torch.float32)
         d_hidden = torch.empty_like(hidden_TD) if wants_grad else None
@@ -63,7 +78,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         d_hidden, d_weight = ctx.saved_tensors
         scale = grads[0]
-        return d_hidden * scale.to(d_hidden.dtype), d_weight * scale.to(d_weight.dtype), None, None
+        return d_hidden * scale.to(d_hidden.dtype), d_weight * scale.to(d_weight.dtype), None, None, None
 
 
 def _accumulate(total_VD: Tensor, d_logits_TV: Tensor, hidden_TD: Tensor) -> None:

@@ -53,7 +53,7 @@ class Op(Generic[Fn]):
         Raises:
             KernelUnavailable: a named implementation cannot run on this device and dtype, or does not exist.
         """
-        passed_over = []
+        passed_over: list[str] = []
         for implementation in self.implementations:
             if wanted not in ("auto", implementation.name):
                 continue

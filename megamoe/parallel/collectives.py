@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from megamoe.common.errors import MegamoeError, PeerError
+from megamoe.parallel.groups import ProcessGroup
 
 Result = TypeVar("Result")
 
 
-def world_size() -> int:
-    """Ranks of the default group; 1 where none was made."""
-    return dist.get_world_size() if dist.is_initialized() else 1
+def world_size(group: ProcessGroup | None = None) -> int:
+    """Ranks of a group (None: the default one); 1 where none was made."""
+    return dist.get_world_size(group) if dist.is_initialized() else 1
 
 
 def rank() -> int:
@@ -33,20 +34,30 @@ def barrier() -> None:
 def together(step: Callable[[], Result]) -> Result:
     """Run `step` on every rank; if it fails on any, it fails on all.
 
-    The lowest rank that failed raises its own error, the others a :class:`PeerError`, so that a user reads the reason
-    once and no rank waits for one that left. Rank 0 takes over an error that it did not have itself.
+    Rank 0 raises the error of the lowest rank that failed, the others a :class:`PeerError`, so that a user reads the
+    reason once and no rank waits for one that left. A defect (any other exception) is raised where it happened, with
+    its traceback, and is a PeerError everywhere else.
     """
     result, error = None, None
     try:
         result = step()
-    except MegamoeError as caught:
+    except Exception as caught:
         error = caught
-    first = next((e for e in gather_objects(error) if e is not None), None)
+    first = next((e for e in gather_objects(_for_peers(error)) if e is not None), None)
     if first is None:
         return result  # type: ignore[return-value]
+    if error is not None and not isinstance(error, MegamoeError):
+        raise error
     if rank() == 0:
         raise first
     raise PeerError(f"another rank failed: {first.what}")
+
+
+def _for_peers(error: Exception | None) -> MegamoeError | None:
+    """The error as other ranks get it: one of ours as it is; a defect, which may not even pickle, as its text."""
+    if error is None or isinstance(error, MegamoeError):
+        return error
+    return PeerError(f"{type(error).__name__}: {error}")
 
 
 def gather_objects(value: Result) -> list[Result]:
@@ -59,13 +70,34 @@ def gather_objects(value: Result) -> list[Result]:
 
 
 def reduce_dict(
-    values: Mapping[str, Tensor], group: dist.ProcessGroup | None, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM
+    values: Mapping[str, Tensor], group: ProcessGroup | None, how: Literal["sum", "max"] = "sum"
 ) -> dict[str, Tensor]:
     """All-reduce a dictionary of fp32 tensors as one message. Every rank passes the same names and shapes."""
     names = sorted(values)
-    if not names or not dist.is_initialized() or dist.get_world_size(group) == 1:
+    if not names or world_size(group) == 1:
         return dict(values)
     flat = torch.cat([values[name].reshape(-1).float() for name in names])
-    dist.all_reduce(flat, op=op, group=group)
+    dist.all_reduce(flat, op=dist.ReduceOp.SUM if how == "sum" else dist.ReduceOp.MAX, group=group)
     pieces = flat.split([values[name].numel() for name in names])
     return {name: piece.view(values[name].shape) for name, piece in zip(names, pieces, strict=True)}
+
+
+def all_reduce_max(value: Tensor) -> Tensor:
+    """Element-wise maximum over all ranks, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(value, op=dist.ReduceOp.MAX)
+    return value
+
+
+def all_reduce_sum(value: Tensor, group: ProcessGroup | None = None) -> Tensor:
+    """Sum over the ranks of a group (None: all), in place."""
+    if dist.is_initialized():
+        dist.all_reduce(value, group=group)
+    return value
+
+
+def all_gather(value: Tensor, group: ProcessGroup | None) -> list[Tensor]:
+    """The tensor of every rank of a group, in its order; all of one shape."""
+    parts = [torch.empty_like(value) for _ in range(world_size(group))]
+    dist.all_gather(parts, value.contiguous(), group=group)
+    return parts

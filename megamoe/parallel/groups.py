@@ -8,6 +8,9 @@ import torch.distributed as dist
 
 from megamoe.parallel.topology import Group, Topology
 
+ProcessGroup = dist.ProcessGroup
+"""torch's handle, named here so that rooms which only pass it on need not import torch.distributed."""
+
 
 @dataclass(frozen=True)
 class RankGroup:
@@ -17,7 +20,7 @@ class RankGroup:
     """Global ranks, ascending; a rank's place in it is its coordinate on the axis."""
     place: int
     """This rank's coordinate."""
-    handle: dist.ProcessGroup
+    handle: ProcessGroup
 
     @property
     def size(self) -> int:

@@ -23,9 +23,7 @@ def max_rel_error(actual: Tensor, expected: Tensor) -> float:
     return largest / scale if scale > 0.0 else float("inf")
 
 
-def assert_close(
-    actual: Tensor, expected: Tensor, *, rel: float = 0.0, abs: float = 0.0, name: str = "tensor"
-) -> None:
+def assert_close(actual: Tensor, expected: Tensor, *, rel: float = 0.0, abs: float = 0.0, name: str = "tensor") -> None:
     """Assert max|actual − expected| ≤ abs + rel · max|expected|, and equal shapes.
 
     Args:

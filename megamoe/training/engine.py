@@ -201,5 +201,8 @@ def _build_optimizer(model: nn.Module, config: RunConfig) -> torch.optim.Optimiz
         return torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps)
     from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
 
+    if not torch.cuda.is_available():
+        # Its updates are marked for torch.compile, which on a CPU takes longer (40 s a rank) than many steps save.
+        torch.compiler.set_stance("force_eager")
     optimizer: torch.optim.Optimizer = MuonWithAuxAdam(groups)
     return optimizer

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from megamoe.moe.marker import is_expert
+from megamoe.parallel.collectives import all_reduce_sum
 from megamoe.parallel.groups import Groups
 
 
@@ -22,9 +22,9 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float, groups: 
         The norm before clipping, fp32 scalar.
     """
     gradients = [(is_expert(p), p.grad) for p in parameters if p.grad is not None]
-    dense, expert = (_squared_norm([g for e, g in gradients if e is kind]) for kind in (False, True))
-    if groups.ep.size > 1:
-        dist.all_reduce(expert, group=groups.ep.handle)
+    zero = torch.zeros((), device=gradients[0][1].device if gradients else None)
+    dense, expert = (_squared_norm([g for e, g in gradients if e is kind], zero) for kind in (False, True))
+    all_reduce_sum(expert, groups.ep.handle)
     norm = (dense + expert).sqrt()
     if max_norm > 0:
         scale = (max_norm / (norm + 1e-6)).clamp_max(1.0)
@@ -33,7 +33,5 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float, groups: 
     return norm
 
 
-def _squared_norm(gradients: list[Tensor]) -> Tensor:
-    if not gradients:
-        return torch.zeros(())
-    return torch.stack([g.float().square().sum() for g in gradients]).sum()
+def _squared_norm(gradients: list[Tensor], zero: Tensor) -> Tensor:
+    return torch.stack([zero, *(g.float().square().sum() for g in gradients)]).sum()

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from megamoe.model.decoder import ModelOutput
-from megamoe.parallel.collectives import reduce_dict
+from megamoe.parallel.collectives import reduce_dict, world_size
+from megamoe.parallel.groups import ProcessGroup
 
 INTERRUPTED = "interrupted"
 
@@ -68,13 +68,13 @@ class Accumulator:
         else:
             _add(self.means if reduction == "mean" else self.sums, name, value)
 
-    def reduce(self, group: dist.ProcessGroup, interrupted: bool = False) -> StepMetrics:
+    def reduce(self, group: ProcessGroup, interrupted: bool = False) -> StepMetrics:
         """Combine micro-batches and the ranks of the data-parallel group. Collective; two small all-reduces."""
-        share = 1.0 / (max(1, self.count) * dist.get_world_size(group))
+        share = 1.0 / (max(1, self.count) * world_size(group))
         means = {f"mean/{name}": value * share for name, value in self.means.items()}
         added = reduce_dict(means | {f"sum/{name}": value for name, value in self.sums.items()}, group)
         flag = torch.tensor(float(interrupted), device=next(iter(self.means.values())).device)
-        largest = reduce_dict(self.maxima | {INTERRUPTED: flag}, group, dist.ReduceOp.MAX)
+        largest = reduce_dict(self.maxima | {INTERRUPTED: flag}, group, "max")
         stop = bool(largest.pop(INTERRUPTED) > 0)
         values = {name.removeprefix("mean/"): v for name, v in added.items() if name.startswith("mean/")}
         sums = {name.removeprefix("sum/"): v for name, v in added.items() if name.startswith("sum/")}

@@ -28,7 +28,8 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str
         decay, expert = parameter.dim() > 1, is_expert(parameter)
         use_muon = config.type == "muon" and decay and id(parameter) not in not_muon
         group = groups.setdefault(
-            (use_muon, decay, expert), {"params": [], **_settings(config, use_muon, decay), **_tags(parameter)}
+            (use_muon, decay, expert),
+            {"params": [], **_settings(config, use_muon, decay), **_tags(parameter)},
         )
         group["params"].append(parameter)
         _tag_for_muon(parameter, use_muon, expert)

@@ -18,6 +18,7 @@ from megamoe.model.initialise import initialise
 from megamoe.moe.layer import ExpertParallel
 from megamoe.ops.expert_ffn import EXPERT_FFN
 from megamoe.parallel import collectives
+from megamoe.training import random_state
 from megamoe.training.checkpoint import folder as folders
 from megamoe.training.checkpoint.load import check, find, load_checkpoint
 from megamoe.training.checkpoint.save import save_checkpoint, topology_of
@@ -39,6 +40,7 @@ def pretrain(config: RunConfig, world_size: int) -> TrainState:
     check_world_size(config, world_size)
     manifest = check_prepared(config.data)
     with distributed(config.parallel, config.training.timeout_minutes) as runtime, ExitStack() as stack:
+        random_state.seed_all(config.training.seed, runtime.rank)
         folder = _open(config, runtime)
         vocab_size = derive.vocab_size(config, manifest.vocab_size)
         train_data, validation_data = collectives.together(lambda: _open_data(config, manifest))
@@ -87,9 +89,7 @@ def _open_data(config: RunConfig, manifest: Manifest) -> tuple[BatchLoader, Batc
     return BatchLoader(config.data, manifest, "train", seed), BatchLoader(config.data, manifest, "validation", seed)
 
 
-def _find_checkpoint(
-    config: RunConfig, data: Manifest, shape: dict[str, Any]
-) -> tuple[Path, folders.Manifest] | None:
+def _find_checkpoint(config: RunConfig, data: Manifest, shape: dict[str, Any]) -> tuple[Path, folders.Manifest] | None:
     """The checkpoint to resume from, checked against this run. Rank 0 looks, so that all take the same one."""
     found = collectives.together(lambda: find(config.training) if collectives.rank() == 0 else None)
     folder = collectives.gather_objects(found)[0]

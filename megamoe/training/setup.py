@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from megamoe.common import env
+from megamoe.common.errors import TopologyError
 from megamoe.config.parallel import ParallelConfig
 from megamoe.parallel.groups import Groups, build_groups
 from megamoe.parallel.topology import Topology
@@ -43,16 +44,39 @@ def distributed(parallel: ParallelConfig, timeout_minutes: float) -> Iterator[Ru
         timeout_minutes: limit of every collective; a rank whose peers are gone fails after it instead of waiting.
     """
     topology = topology_of(parallel, env.world_size())
-    env.export_rendezvous()
     device = _device()
-    dist.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo",
-        timeout=timedelta(minutes=timeout_minutes),
-        device_id=device if device.type == "cuda" else None,
-    )
+    _join(device, timedelta(minutes=timeout_minutes))
     yield Runtime(dist.get_rank(), dist.get_world_size(), device, build_groups(topology))
     # Not after a failure: a peer may be gone then, and leaving in good order would wait for it.
     dist.destroy_process_group()
+
+
+def _join(device: torch.device, timeout: timedelta) -> None:
+    """Make the default process group.
+
+    Raises:
+        TopologyError: the ranks cannot meet.
+    """
+    alone = env.launcher() == "none"
+    rank, world_size = env.rank(), env.world_size()
+    env.export_rendezvous()
+    try:
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            # A process that was started alone meets nobody, so it needs no port that another run might hold.
+            store=dist.HashStore() if alone else None,
+            rank=rank,
+            world_size=world_size,
+            timeout=timeout,
+            device_id=device if device.type == "cuda" else None,
+        )
+    except dist.DistError as error:
+        raise TopologyError(
+            "The ranks could not meet.",
+            got=str(error).splitlines()[0],
+            expected=f"{world_size} ranks at {env.master_address()}:{env.master_port()}",
+            todo="check that all ranks started; if another run holds the port, pass --master_port to the launcher",
+        ) from error
 
 
 def _device() -> torch.device:

@@ -209,17 +209,13 @@ def test_trials() -> None:
     ]
 
 
-@pytest.mark.parametrize(
-    "word", ["launch/none.sh", "common/none", "tests/conftest.py::no_such_name", "none.md"]
-)
+@pytest.mark.parametrize("word", ["launch/none.sh", "common/none", "tests/conftest.py::no_such_name", "none.md"])
 def test_a_wrong_path_is_found(word: str) -> None:
     assert looks_like_path(word)
     assert path_problem(word)
 
 
-@pytest.mark.parametrize(
-    "command", ["bash launch/none.sh", "deepspeed launch/none.py", "python -c 1", "frobnicate x"]
-)
+@pytest.mark.parametrize("command", ["bash launch/none.sh", "deepspeed launch/none.py", "python -c 1", "frobnicate x"])
 def test_a_wrong_command_is_found(command: str) -> None:
     with pytest.raises(AssertionError):
         trial(command)

@@ -93,7 +93,10 @@ class Router(nn.Module, ABC):
 
 
 def auxiliary_losses(
-    config: TopKRouterConfig | ResonanceRouterConfig, probs_TE: Tensor, logits_TE: Tensor, chosen_per_expert_E: Tensor
+    config: TopKRouterConfig | ResonanceRouterConfig,
+    probs_TE: Tensor,
+    logits_TE: Tensor,
+    chosen_per_expert_E: Tensor,
 ) -> dict[str, Tensor]:
     """The losses every router may have, multiplied by their coefficients; those with coefficient 0 are left out."""
     terms = {}
@@ -118,8 +121,8 @@ def dispatch_metrics(
     served_T = torch.zeros(num_tokens, device=token_ids_A.device).index_fill_(0, token_ids_A, 1.0)
     load_E = rows_per_expert_E.float() * (len(rows_per_expert_E) / chosen)
     return {
-        "drop_share": (1.0 - rows_per_expert_E.sum().float() / chosen, "mean"),
-        "unserved_share": (1.0 - served_T.sum() / max(1, num_tokens), "mean"),
+        "drop_share": ((num_tokens * top_k - rows_per_expert_E.sum()) / chosen, "mean"),
+        "unserved_share": ((num_tokens - served_T.sum()) / max(1, num_tokens), "mean"),
         "max_load": (load_E.max(), "max"),
         "load": (load_E, "mean"),
     }

@@ -35,7 +35,12 @@ class ResonanceRouter(Router):
     slice_mask_ED: Tensor
 
     def __init__(
-        self, config: ResonanceRouterConfig, hidden_size: int, num_experts: int, top_k: int, capacity: CapacityConfig
+        self,
+        config: ResonanceRouterConfig,
+        hidden_size: int,
+        num_experts: int,
+        top_k: int,
+        capacity: CapacityConfig,
     ) -> None:
         super().__init__()
         self.config, self.num_experts, self.top_k, self.capacity = config, num_experts, top_k, capacity

@@ -22,7 +22,12 @@ class TopKRouter(Router):
     bias_E: Tensor
 
     def __init__(
-        self, config: TopKRouterConfig, hidden_size: int, num_experts: int, top_k: int, capacity: CapacityConfig
+        self,
+        config: TopKRouterConfig,
+        hidden_size: int,
+        num_experts: int,
+        top_k: int,
+        capacity: CapacityConfig,
     ) -> None:
         super().__init__()
         self.config, self.num_experts, self.top_k, self.capacity = config, num_experts, top_k, capacity

@@ -140,8 +140,10 @@ def verify(folder: Path, manifest: Manifest, share: int = 0, shares: int = 1) ->
 def damaged(folder: Path, what: str) -> CheckpointError:
     """The error for a damaged checkpoint, with the way back to the previous one."""
     before = [p for p in complete(folder.parent.parent) if p.name < folder.name]
-    todo = f"resume from the previous complete one: training.checkpoint.resume={before[-1]}" if before else (
-        "there is no older checkpoint; move this one away to start again"
+    todo = (
+        f"resume from the previous complete one: training.checkpoint.resume={before[-1]}"
+        if before
+        else ("there is no older checkpoint; move this one away to start again")
     )
     return CheckpointError(f"checkpoint {folder} is damaged", got=what, expected="files as written", todo=todo)
 

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import random
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from megamoe.common.errors import CheckpointError
 from megamoe.config.architecture import differences
 from megamoe.config.training import TrainingConfig
 from megamoe.parallel import collectives
+from megamoe.training import random_state
 from megamoe.training.checkpoint import folder as folders
 from megamoe.training.checkpoint.save import ENGINE_TAG
 from megamoe.training.engine import Engine
@@ -46,7 +45,11 @@ def find(training: TrainingConfig) -> Path | None:
 
 
 def check(
-    folder: Path, manifest: folders.Manifest, architecture: dict[str, Any], topology: dict[str, Any], digest: str
+    folder: Path,
+    manifest: folders.Manifest,
+    architecture: dict[str, Any],
+    topology: dict[str, Any],
+    digest: str,
 ) -> None:
     """Whether this run can go on from the checkpoint.
 
@@ -82,17 +85,7 @@ def load_checkpoint(engine: Engine, folder: Path, manifest: folders.Manifest) ->
     collectives.together(lambda: folders.verify(folder, manifest, share, shares))
     try:
         engine.load(folder / "engine", ENGINE_TAG)
-        _restore_random_states(folder / "ranks" / f"rank_{share:05d}.pt")
+        random_state.set_states(torch.load(folder / "ranks" / f"rank_{share:05d}.pt", weights_only=True))
     except (OSError, RuntimeError, ValueError, KeyError) as error:
         raise folders.damaged(folder, str(error)) from error
     return TrainState(manifest.step, manifest.consumed_samples, manifest.consumed_tokens)
-
-
-def _restore_random_states(path: Path) -> None:
-    states = torch.load(path, weights_only=True)
-    torch.set_rng_state(states["torch"])
-    name, keys, *rest = states["numpy"]
-    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
-    random.setstate(states["python"])
-    if "cuda" in states and torch.cuda.is_available():
-        torch.cuda.set_rng_state(states["cuda"])

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import random
 import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from megamoe.common.errors import CheckpointError
@@ -16,6 +14,7 @@ from megamoe.config import derive
 from megamoe.config.load import dump_config
 from megamoe.config.run import RunConfig
 from megamoe.parallel import collectives
+from megamoe.training import random_state
 from megamoe.training.checkpoint import folder as folders
 from megamoe.training.checkpoint.weights import save_weights
 from megamoe.training.engine import Engine
@@ -26,7 +25,12 @@ ENGINE_TAG = "state"
 
 
 def save_checkpoint(
-    engine: Engine, state: TrainState, config: RunConfig, architecture: dict[str, Any], tokenizer: Path, digest: str
+    engine: Engine,
+    state: TrainState,
+    config: RunConfig,
+    architecture: dict[str, Any],
+    tokenizer: Path,
+    digest: str,
 ) -> Path:
     """Save the run after `state.step` steps and return the checkpoint's folder. Collective.
 
@@ -97,23 +101,10 @@ def _write(engine: Engine, target: Path, config: RunConfig, tokenizer: Path) -> 
     engine.save(target / "engine", ENGINE_TAG)
     ranks = target / "ranks"
     ranks.mkdir(exist_ok=True)
-    torch.save(random_states(), ranks / f"rank_{groups.rank:05d}.pt")
+    torch.save(random_state.get_states(), ranks / f"rank_{groups.rank:05d}.pt")
     if groups.rank == 0:
         write_json(target / "config.json", dump_config(config))
         shutil.copyfile(tokenizer, target / "tokenizer.model")
-
-
-def random_states() -> dict[str, Any]:
-    """The state of every generator that a library might draw from on this rank."""
-    name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
-    states = {
-        "torch": torch.get_rng_state(),
-        "numpy": [name, keys.tolist(), position, has_gauss, gauss],  # type: ignore[union-attr]
-        "python": random.getstate(),
-    }
-    if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state()
-    return states
 
 
 def _digests(target: Path) -> dict[str, dict[str, Any]]:

@@ -91,7 +91,9 @@ def _copy_experts(parameter: Tensor, saved: Tensor, first: int, layer: MoELayer)
 
 def _read(folder: Path, name: str) -> dict[str, Tensor]:
     try:
-        tensors: dict[str, Tensor] = torch.load(folder / FOLDER / name, mmap=True, weights_only=True, map_location="cpu")
+        tensors: dict[str, Tensor] = torch.load(
+            folder / FOLDER / name, mmap=True, weights_only=True, map_location="cpu"
+        )
     except (OSError, RuntimeError, ValueError) as error:
         raise damaged(folder, f"{FOLDER}/{name} cannot be read: {error}") from error
     return tensors

@@ -88,9 +88,7 @@ def test_an_existing_file_is_a_file_even_with_an_equals_sign(tmp_path: Path) -> 
 def test_check_imports_no_torch() -> None:
     call = f"main(['check', {TINY!r}])"
     code = f"import sys; from megamoe.cli import main; {call}; sys.exit('torch' in sys.modules)"
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, timeout=60, check=False
-    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, timeout=60, check=False)
     assert done.returncode == 0
 
 

@@ -25,9 +25,7 @@ BREAKERS: dict[str, list[tuple[list[str], str]]] = {
         (["model.num_kv_heads=8"], "model.num_kv_heads"),
     ],
     "vocabulary_holds_tokenizer": [(["model.vocab_size=4095"], "model.vocab_size")],
-    "only_data_and_expert_parallel": [
-        ([f"parallel.{x}=2"], f"parallel.{x}") for x in ("tp", "pp", "etp", "cp")
-    ],
+    "only_data_and_expert_parallel": [([f"parallel.{x}=2"], f"parallel.{x}") for x in ("tp", "pp", "etp", "cp")],
     "local_dispatch_needs_local_experts": [(["moe.dispatcher=local", "parallel.ep=2"], "moe.dispatcher")],
     "grap_slices_hold_a_feature": [
         (["moe.router.type=resonance", "moe.num_experts=129"], "moe.router.affinity"),
@@ -40,18 +38,14 @@ BREAKERS: dict[str, list[tuple[list[str], str]]] = {
     "warmup_ends_before_training": [
         (["training.schedule.warmup_steps=200"], "training.schedule.warmup_steps"),
     ],
-    "wsd_phases_fit": [
-        (["training.schedule={type: wsd, warmup_steps: 161}"], "training.schedule.decay_fraction")
-    ],
+    "wsd_phases_fit": [(["training.schedule={type: wsd, warmup_steps: 161}"], "training.schedule.decay_fraction")],
     "stop_lies_within_steps": [(["training.stop_after_step=201"], "training.stop_after_step")],
     "kept_checkpoints_are_written": [
         (["training.checkpoint.keep_every=150"], "training.checkpoint.keep_every"),
         (["training.checkpoint={every: 0, keep_every: 5}"], "training.checkpoint.keep_every"),
     ],
     "zero_0_runs_in_fp32": [(["parallel.zero_stage=0", "training.precision=bf16"], "parallel.zero_stage")],
-    "muon_needs_whole_matrices": [
-        (["parallel.zero_stage=3", "training.optimizer.type=muon"], "parallel.zero_stage")
-    ],
+    "muon_needs_whole_matrices": [(["parallel.zero_stage=3", "training.optimizer.type=muon"], "parallel.zero_stage")],
     "extra_leaves_our_keys": [
         (["deepspeed_extra.zero_optimization.stage=2"], "deepspeed_extra.zero_optimization.stage"),
         (["deepspeed_extra.zero_optimization=2"], "deepspeed_extra.zero_optimization"),

@@ -18,9 +18,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("corpus")
     stdlib = Path(sysconfig.get_path("stdlib"))
     for package in ("json", "asyncio", "logging"):
-        shutil.copytree(
-            stdlib / package, root / "code" / package, ignore=shutil.ignore_patterns("__pycache__")
-        )
+        shutil.copytree(stdlib / package, root / "code" / package, ignore=shutil.ignore_patterns("__pycache__"))
     with (root / "notes.jsonl").open("w", encoding="utf-8") as notes:
         for number in range(60):
             text = f"Note {number}:\ttab, CRLF\r\nend \u2581 mark, caf\u00e9, \u4f60\u597d, \U0001f600\n" * 3

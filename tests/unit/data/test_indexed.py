@@ -52,9 +52,7 @@ def test_reading_prints_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str
 
 @pytest.mark.parametrize("vocab_size", [300, 100_000])
 def test_megatrons_own_reader_agrees(tmp_path: Path, vocab_size: int):
-    megatron = pytest.importorskip(
-        "megatron.core.datasets.indexed_dataset", reason="megatron-core is not installed"
-    )
+    megatron = pytest.importorskip("megatron.core.datasets.indexed_dataset", reason="megatron-core is not installed")
     other = megatron.IndexedDataset(str(_write(tmp_path / "a", vocab_size)))
     assert [other[i].tolist() for i in range(len(other))] == DOCUMENTS
     assert other.document_indices.tolist() == [0, 1, 2, 3]
@@ -76,9 +74,7 @@ def test_a_file_of_another_length_is_an_error(tmp_path: Path, ending: str, full:
     path = tmp_path / f"a.{ending}"
     assert path.stat().st_size == full
     path.write_bytes((path.read_bytes() + b"x")[: full + change])
-    with pytest.raises(
-        DataError, match=rf"a\.{ending} is trunc(.|\n)*got: {full + change} bytes\n.*: {full} bytes"
-    ):
+    with pytest.raises(DataError, match=rf"a\.{ending} is trunc(.|\n)*got: {full + change} bytes\n.*: {full} bytes"):
         IndexedTokens(prefix)
 
 

@@ -133,9 +133,7 @@ def test_another_seed_is_another_order(prepared: Prepared, train: BatchLoader):
 
 @pytest.mark.parametrize("dp_size", [1, 2, 4])
 @pytest.mark.parametrize("consumed", [0, 16])
-def test_any_number_of_ranks_reads_the_same_samples_in_the_same_order(
-    train: BatchLoader, dp_size: int, consumed: int
-):
+def test_any_number_of_ranks_reads_the_same_samples_in_the_same_order(train: BatchLoader, dp_size: int, consumed: int):
     micro_batch, global_batch = 2, 16
     micro_steps = global_batch // (micro_batch * dp_size)
     parts = [
@@ -184,9 +182,7 @@ def test_training_and_validation_share_no_document(prepared: Prepared):
     config, manifest = prepared
     for source in config.sources:
         held_out = {tuple(d.tolist()) for d in documents(config, manifest, source.name)}
-        assert held_out.isdisjoint(
-            tuple(d.tolist()) for d in documents(config, manifest, source.name, "train")
-        )
+        assert held_out.isdisjoint(tuple(d.tolist()) for d in documents(config, manifest, source.name, "train"))
 
 
 def test_an_unknown_source_is_an_error(prepared: Prepared):

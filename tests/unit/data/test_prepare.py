@@ -46,12 +46,8 @@ def _texts(prepared: Prepared, source: str, split: str) -> list[str]:
     return [tokenizer.decode(ids) for ids in found]
 
 
-def test_the_number_of_workers_changes_no_byte(
-    prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setattr(
-        prepare_module, "_BATCH_CHARS", 20_000
-    )  # several batches, cut elsewhere than with one
+def test_the_number_of_workers_changes_no_byte(prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(prepare_module, "_BATCH_CHARS", 20_000)  # several batches, cut elsewhere than with one
     prepare(_with(prepared[0], prepared_dir=str(tmp_path / "two"), num_workers=2))
     assert _contents(tmp_path / "two") == _contents(prepared[0].prepared_dir)
 
@@ -154,9 +150,7 @@ def test_other_settings_in_the_same_folder_are_named(prepared: Prepared, tmp_pat
     config = _with(_copy(prepared, tmp_path / "copy"), validation_fraction=0.2)
     before = _contents(tmp_path / "copy")
     for act in (check_prepared, prepare, is_prepared):
-        with pytest.raises(
-            DataError, match=r"validation_fraction=0\.1\n  expected: data\.validation_fraction=0\.2"
-        ):
+        with pytest.raises(DataError, match=r"validation_fraction=0\.1\n  expected: data\.validation_fraction=0\.2"):
             act(config)  # type: ignore[operator]
     assert _contents(tmp_path / "copy") == before
     assert prepare(config, overwrite=True).settings["data.validation_fraction"] == 0.2
@@ -202,9 +196,7 @@ def test_a_file_that_differs_from_the_manifest_is_an_error(prepared: Prepared, t
     path = pair_prefix(config.prepared_dir, "notes", "train").with_suffix(f".{ending}")
     size = path.stat().st_size
     path.write_bytes(path.read_bytes()[:-2])
-    with pytest.raises(
-        DataError, match=rf"train\.{ending} is trunc(.|\n)*{size - 2} bytes\n.*: {size} bytes"
-    ):
+    with pytest.raises(DataError, match=rf"train\.{ending} is trunc(.|\n)*{size - 2} bytes\n.*: {size} bytes"):
         check_prepared(config)
     path.unlink()
     with pytest.raises(DataError, match=rf"train\.{ending} is missing"):
@@ -245,9 +237,7 @@ def test_another_vocabulary_is_an_error(prepared: Prepared, config: DataConfig):
         prepare(_with(config, tokenizer=existing))
 
 
-def test_a_configured_tokenizer_that_changed_since_is_an_error(
-    prepared: Prepared, config: DataConfig, tmp_path: Path
-):
+def test_a_configured_tokenizer_that_changed_since_is_an_error(prepared: Prepared, config: DataConfig, tmp_path: Path):
     own = tmp_path / "own.model"
     shutil.copyfile(f"{prepared[0].prepared_dir}/{TOKENIZER}", own)
     config = _with(config, tokenizer=TokenizerConfig(path=str(own), vocab_size=600))

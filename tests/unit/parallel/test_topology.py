@@ -35,9 +35,7 @@ def test_coordinates_count_off_both_grids(topology: Topology) -> None:
 
 
 @pytest.mark.parametrize("topology", CASES, ids=str)
-@pytest.mark.parametrize(
-    "axes", [("tp",), ("pp",), ("dp",), ("cp",), ("ep",), ("edp",), ("etp",), ("dp", "cp")]
-)
+@pytest.mark.parametrize("axes", [("tp",), ("pp",), ("dp",), ("cp",), ("ep",), ("edp",), ("etp",), ("dp", "cp")])
 def test_groups_vary_only_their_axes(topology: Topology, axes: tuple[str, ...]) -> None:
     all_axes = DENSE_AXES if set(axes) <= set(DENSE_AXES) else EXPERT_AXES
     fixed = [index for index, axis in enumerate(all_axes) if axis not in axes]

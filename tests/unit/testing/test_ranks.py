@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import threading
+import types
 
 import pytest
 import torch
@@ -109,6 +110,7 @@ def test_a_file_outside_every_package_can_be_used(tmp_path, monkeypatch) -> None
     path.write_text("import os\ndef rank(): return os.environ['RANK']\n")
     spec = importlib.util.spec_from_file_location("nowhere.below.single", path)
     module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "nowhere", types.ModuleType("nowhere"))
     monkeypatch.setitem(sys.modules, spec.name, module)
     spec.loader.exec_module(module)
     assert run_ranks(module.rank, 2) == ["0", "1"]

@@ -1,0 +1,1 @@
+"""Measuring trained models, and letting them write."""

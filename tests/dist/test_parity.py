@@ -1,0 +1,136 @@
+"""Ten optimizer steps of every layout and ZeRO stage against one process, on the same micro-batches.
+
+The reference is the same code on one rank without ZeRO; that the code on one rank is right is shown layer by layer in
+tests/unit, and here once for the whole step against plain torch.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+
+from megamoe.config import derive
+from megamoe.model.decoder import Decoder
+from megamoe.model.initialise import initialise
+from megamoe.testing import parity
+from megamoe.testing.configs import tiny_config
+from megamoe.testing.ranks import run_ranks
+
+STEPS = 10
+ROUTERS = {
+    "topk": (),
+    "sigmoid_bias": (
+        "moe.router.type=topk",
+        "moe.router.score=sigmoid",
+        "moe.router.bias_update_rate=0.001",
+        "moe.router.z_loss=0.001",
+    ),
+    "resonance": ("moe.router.type=resonance",),
+    "resonance_static": ("moe.router.type=resonance", "moe.capacity.mode=static", "moe.router.threshold=0.9"),
+}
+
+
+def train(overrides: tuple[str, ...]) -> parity.ParityRun:
+    return parity.train_steps(tiny_config(*overrides), STEPS)
+
+
+@functools.cache
+def reference(router: str) -> parity.ParityRun:
+    return run_ranks(train, 1, ("parallel.zero_stage=0", *ROUTERS[router]))[0]
+
+
+def run(world_size: int, ep: int, stage: int, router: str, *more: str) -> parity.ParityRun:
+    layout = (f"parallel.ep={ep}", f"parallel.zero_stage={stage}")
+    return run_ranks(train, world_size, (*layout, *ROUTERS[router], *more))[0]
+
+
+def plain_torch_step(overrides: tuple[str, ...]) -> tuple[float, float, dict[str, torch.Tensor]]:
+    """Loss, gradient norm and weights of one step by torch alone: no DeepSpeed, no accumulation, no ranks."""
+    config = tiny_config(*overrides)
+    model = Decoder(config, derive.vocab_size(config))
+    initialise(model, config.model, config.training.seed)
+    settings = config.training.optimizer
+    decay = [p for p in model.parameters() if p.dim() > 1]
+    others = [p for p in model.parameters() if p.dim() == 1]
+    groups = [
+        {"params": decay, "weight_decay": settings.weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps)
+    outputs = [model(*parity._tokens(config, 0, m)) for m in range(4)]
+    torch.stack([o.loss for o in outputs]).mean().backward()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.training.gradient_clipping)
+    assert norm > config.training.gradient_clipping, (
+        "clipping has to be active for this test to mean something"
+    )
+    optimizer.step()
+    loss = torch.stack([o.cross_entropy for o in outputs]).mean()
+    return float(loss), float(norm), {n: p.detach() for n, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("router", ["topk", "resonance"])
+def test_one_process_equals_plain_torch(router: str) -> None:
+    loss, norm, weights = run_ranks(plain_torch_step, 1, ROUTERS[router])[0]
+    one_step = run_ranks(train_one_step, 1, ROUTERS[router])[0]
+    assert abs(one_step.losses[0] - loss) < 1e-6
+    assert abs(one_step.norms[0] - norm) < 1e-5 * norm
+    assert parity._worst_tensor(one_step.weights, weights) < 5e-5
+
+
+def train_one_step(overrides: tuple[str, ...]) -> parity.ParityRun:
+    return parity.train_steps(tiny_config(*overrides), 1)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize(("world_size", "ep"), [(1, 1), (2, 1), (2, 2), (4, 2)])
+def test_layouts_equal_one_process(world_size: int, ep: int, stage: int) -> None:
+    parity.compare(run(world_size, ep, stage, "topk"), reference("topk"))
+
+
+@pytest.mark.parametrize("router", ["sigmoid_bias", "resonance", "resonance_static"])
+@pytest.mark.parametrize(("world_size", "ep", "stage"), [(2, 2, 1), (4, 2, 2), (2, 2, 3), (4, 4, 1)])
+def test_routers_equal_one_process(router: str, world_size: int, ep: int, stage: int) -> None:
+    parity.compare(run(world_size, ep, stage, router), reference(router))
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_recomputation_changes_nothing(stage: int) -> None:
+    parity.compare(run(2, 2, stage, "resonance", "training.recompute=full"), reference("resonance"))
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 4])
+def test_balance_loss_counts_once_whatever_the_accumulation(micro_batch_size: int) -> None:
+    """Its coefficient is raised until it dominates: counted per micro-batch instead of averaged it would show."""
+    strong = ("moe.router.balance_loss=5.0", f"training.micro_batch_size={micro_batch_size}")
+    one = run_ranks(train, 1, ("parallel.zero_stage=0", *strong))[0]
+    parity.compare(run(2, 2, 1, "topk", *strong), one)
+    assert one.auxiliary[0] > 0.5 * one.losses[0]
+
+
+def test_experts_differ_between_ranks_after_training() -> None:
+    """The silent failure of a missing marker: all experts of the ranks averaged into one."""
+    weight = run(2, 2, 1, "topk").weights["blocks.0.ffn.experts.w1"]
+    first, second = weight.chunk(2)
+    assert not torch.equal(first, second)
+
+
+def test_a_flip_is_named() -> None:
+    one = reference("topk")
+    place = next(iter(one.choices))
+    flipped = parity.ParityRun(
+        **{**vars(one), "choices": {**one.choices, place: one.choices[place].roll(1, dims=1)}}
+    )
+    with pytest.raises(AssertionError, match=r"routing flips.*\n.*margin"):
+        parity.compare(flipped, one)
+
+
+def test_a_wrong_gradient_is_named() -> None:
+    one = reference("topk")
+    name = "blocks.1.ffn.experts.w2"
+    wrong = parity.ParityRun(
+        **{**vars(one), "gradients": {**one.gradients, name: one.gradients[name] * 1.01}}
+    )
+    with pytest.raises(AssertionError, match=name):
+        parity.compare(wrong, one)

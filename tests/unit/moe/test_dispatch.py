@@ -1,0 +1,64 @@
+"""The dispatcher of one rank, the order of received rows, and which dispatcher is built."""
+
+import pytest
+import torch
+
+from megamoe.moe.dispatch import build_dispatcher
+from megamoe.moe.dispatch.all_to_all import expert_order
+from megamoe.moe.dispatch.local import LocalDispatcher
+from megamoe.moe.routers.base import count
+from megamoe.moe.types import RoutingPlan
+from megamoe.testing import assert_equal_bits
+
+
+def plan_of(pairs: list[tuple[int, int]], num_experts: int) -> RoutingPlan:
+    """A plan of (expert, token) pairs; weights are 1/8, 2/8, ... in that order."""
+    experts = torch.tensor([e for e, _ in pairs], dtype=torch.int64)
+    tokens = torch.tensor([t for _, t in pairs], dtype=torch.int64)
+    weights = (torch.arange(len(pairs)) + 1) / 8
+    return RoutingPlan(tokens, experts, weights, count(experts, num_experts), torch.empty(0), {}, {}, {})
+
+
+# Token 0 twice, 1 nowhere, 2 three times, 3 once; expert 1 is empty.
+PAIRS = [(0, 0), (0, 2), (2, 2), (3, 0), (3, 2), (3, 3)]
+CHOICES = torch.tensor([2.0, 0.0, 3.0, 1.0])
+
+
+def test_rows_stand_by_expert_and_token() -> None:
+    rows_TD = torch.randn(4, 5, generator=torch.Generator().manual_seed(0))
+    plan = plan_of(PAIRS, 4)
+    rows_RD, rows_per_expert_L, handle = LocalDispatcher().dispatch(rows_TD, plan)
+    assert_equal_bits(rows_RD, torch.stack([rows_TD[token] for _, token in PAIRS]))
+    assert rows_per_expert_L.tolist() == [2, 0, 1, 3]
+    assert_equal_bits(handle.weights_R, plan.weights_A)
+
+
+def test_identity_experts_give_each_row_times_its_choices_and_so_does_the_backward_pass() -> None:
+    rows_TD = torch.randn(4, 5, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    dispatcher = LocalDispatcher()
+    rows_RD, _, handle = dispatcher.dispatch(rows_TD, plan_of(PAIRS, 4))
+    out_TD = dispatcher.combine(rows_RD, handle)
+    assert torch.equal(out_TD, rows_TD * CHOICES[:, None])
+    probe_TD = torch.randn(4, 5, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(torch.autograd.grad(out_TD, rows_TD, probe_TD)[0], probe_TD * CHOICES[:, None])
+
+
+def test_nothing_to_dispatch() -> None:
+    rows_RD, rows_per_expert_L, handle = LocalDispatcher().dispatch(torch.randn(3, 5), plan_of([], 2))
+    assert rows_RD.shape == (0, 5)
+    assert rows_per_expert_L.tolist() == [0, 0]
+    assert torch.equal(LocalDispatcher().combine(rows_RD, handle), torch.zeros(3, 5))
+
+
+@pytest.mark.parametrize("received", [[[2, 0, 1], [1, 3, 0]], [[0, 0], [0, 0]], [[4]], [[1], [2], [3]]], ids=str)
+def test_arrived_rows_are_put_in_the_order_of_experts(received: list[list[int]]) -> None:
+    arrived = [(e, rank, n) for rank, row in enumerate(received) for e, rows in enumerate(row) for n in range(rows)]
+    order_R = expert_order(torch.tensor(received))
+    assert [arrived[place] for place in order_R.tolist()] == sorted(arrived)
+
+
+def test_without_a_group_everything_is_local() -> None:
+    assert build_dispatcher("auto", None).name == "local"
+    assert build_dispatcher("local", None).name == "local"
+    with pytest.raises(ValueError, match="process group"):
+        build_dispatcher("all_to_all", None)
