@@ -14,6 +14,7 @@ from types import ModuleType
 
 # Name to the line shown by --help. The module is megamoe.cli.<name>.
 COMMANDS = {
+    "bench": "measure against other implementations",
     "check": "check a configuration and show what it means",
     "data": "prepare and inspect training data",
 }

@@ -28,6 +28,8 @@ OWNED: dict[str, str] = {
     "torch_autocast": "use training.precision",
     "data_types.grad_accum_dtype": "gradients always accumulate in fp32",
     "data_types.param_dtype": "use training.precision",
+    "data_types.buffer_dtype": "running statistics stay in fp32",
+    "data_types.keep_in_fp32_modules": "running statistics stay in fp32",
     "zero_optimization.stage": "use parallel.zero_stage",
     "zero_optimization.reduce_scatter": "DeepSpeed requires it for experts",
     "zero_optimization.contiguous_gradients": "DeepSpeed requires it for experts",

@@ -180,6 +180,16 @@ def muon_needs_whole_matrices(config: RunConfig) -> Iterator[Problem]:
         yield Problem("parallel.zero_stage", what, ("training.optimizer.type",))
 
 
+def muon_updates_are_not_clipped(config: RunConfig) -> Iterator[Problem]:
+    clipping = config.training.gradient_clipping
+    if config.training.optimizer.type == "muon" and clipping > 0:
+        what = (
+            f"must be 0 with muon, got {clipping}: DeepSpeed clips after the gradients were orthogonalised, "
+            "when their norm no longer says how large they were, and would shrink every update"
+        )
+        yield Problem("training.gradient_clipping", what, ("training.optimizer.type",))
+
+
 def extra_leaves_our_keys(config: RunConfig) -> Iterator[Problem]:
     yield from extra_problems(config)
 
@@ -205,6 +215,7 @@ RULES: tuple[Rule, ...] = (
     kept_checkpoints_are_written,
     zero_0_runs_in_fp32,
     muon_needs_whole_matrices,
+    muon_updates_are_not_clipped,
     extra_leaves_our_keys,
 )
 

@@ -12,7 +12,9 @@ from megamoe.config.base import Section
 class OptimizerConfig(Section):
     """AdamW for all weights, or Muon for matrices (experts included) with AdamW for the rest."""
 
-    type: Literal["adamw", "muon"] = Field("adamw", description="adamw (torch) or muon (DeepSpeed's).")
+    type: Literal["adamw", "muon"] = Field(
+        "adamw", description="adamw (torch) or muon (DeepSpeed's; needs gradient_clipping: 0 and zero_stage below 3)."
+    )
     lr: float = Field(3e-3, gt=0, description="Peak learning rate of AdamW weights.")
     betas: Annotated[tuple[float, float], Strict(False)] = Field((0.9, 0.95), description="AdamW betas.")
     eps: float = Field(1e-8, gt=0, description="AdamW epsilon.")

@@ -13,7 +13,7 @@ from megamoe.config.run import RunConfig
 from megamoe.model.attention import KeyValueCache
 from megamoe.model.block import Block
 from megamoe.model.norms import build_norm
-from megamoe.moe.layer import ExpertParallel
+from megamoe.moe.layer import ALONE, ExpertParallel
 from megamoe.moe.types import LayerAux
 from megamoe.ops.linear_cross_entropy import linear_cross_entropy, token_losses
 
@@ -58,7 +58,7 @@ class Decoder(nn.Module):
         ep: this rank's place in its expert-parallel group.
     """
 
-    def __init__(self, config: RunConfig, vocab_size: int, ep: ExpertParallel = ExpertParallel()) -> None:
+    def __init__(self, config: RunConfig, vocab_size: int, ep: ExpertParallel = ALONE) -> None:
         super().__init__()
         model = config.model
         self.embedding = nn.Embedding(vocab_size, model.hidden_size)

@@ -24,6 +24,10 @@ class ExpertParallel(NamedTuple):
     group: ProcessGroup | None = None
 
 
+ALONE = ExpertParallel()
+"""All experts on this rank."""
+
+
 class MoELayer(ExpertParallelMarker):
     """Routed experts, and shared ones if configured.
 

@@ -63,7 +63,7 @@ class ExpertParallelMarker(AutoEPMoELayer):
     def set_deepspeed_parallelism(
         self, use_data_before_expert_parallel_: bool = False, folding_group_handles: object = None
     ) -> None:
-        """Called by the engine. The groups exist already (training/engine registers ours), so there is nothing to do."""
+        """Called by the engine. Nothing to do: the groups exist already (training/engine registers ours)."""
         return None
 
 

@@ -15,4 +15,4 @@ def sum_rows(rows_AD: Tensor, token_ids_A: Tensor, num_rows: int) -> Tensor:
 
     Added in the order of `a` on a CPU (repeatable bit for bit); CUDA's index_add uses atomics.
     """
-    return rows_AD.new_zeros(num_rows, rows_AD.shape[1]).index_add(0, token_ids_A, rows_AD)
+    return rows_AD.new_zeros(num_rows, rows_AD.shape[1]).index_add_(0, token_ids_A, rows_AD)

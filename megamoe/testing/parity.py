@@ -1,8 +1,8 @@
 """Does this layout train the same model as one process? The same micro-batches through both, and every number compared.
 
-`train_steps` runs on the ranks of a layout (through `run_ranks`, or under a launcher) and returns losses, gradient norms,
-first-step gradients, final weights and every routing decision by global name; `compare` holds two such runs against
-each other. A routing flip at a near tie makes two runs differ by more than rounding: it is looked for first and
+`train_steps` runs on the ranks of a layout (through `run_ranks`, or under a launcher) and returns losses, gradient
+norms, first-step gradients, final weights and every routing decision by global name; `compare` holds two such runs
+against each other. A routing flip at a near tie makes two runs differ by more than rounding: it is looked for first and
 reported as what it is.
 """
 

@@ -74,7 +74,10 @@ class Engine:
         return output
 
     def optimizer_step(self, lr_factor: float) -> float:
-        """Clip, step, clear the gradients. Returns the global gradient norm before clipping."""
+        """Clip, step, clear the gradients. Returns the global gradient norm before clipping.
+
+        With Muon under ZeRO it is the norm after orthogonalisation, the only one that DeepSpeed computes.
+        """
         set_lr(self.optimizer, lr_factor)
         self._engine.step()
         norm = self._clipped_norm if self.config.parallel.zero_stage == 0 else self._engine.get_global_grad_norm()
@@ -115,7 +118,7 @@ class Engine:
                 yield name, safe_get_full_fp32_param(parameter)
 
     def full_gradients(self) -> Iterator[tuple[str, Tensor]]:
-        """Every parameter's averaged gradient, between the last `micro_step` and `optimizer_step`; as `full_weights`."""
+        """Every parameter's averaged gradient between the last `micro_step` and `optimizer_step`, as `full_weights`."""
         from deepspeed.utils import safe_get_full_grad
 
         for name, parameter in self.model.named_parameters():

@@ -1,4 +1,4 @@
-"""The MoE layer over expert-parallel ranks: rows arrive as they should, and the result is that of one rank."""
+"""The MoE layer over expert-parallel ranks: rows arrive as they should, and results equal one rank's."""
 
 from functools import cache
 from itertools import pairwise
@@ -111,9 +111,7 @@ def test_movement_is_exact(name: str, ep: int) -> None:
         choices_T1 = torch.tensor([sum(t == token for _, t in pairs) for token in range(tokens)]).view(-1, 1)
         assert torch.equal(moved.out_TD, drawn(tokens, WIDTH, seed=rank) * choices_T1)
         assert torch.equal(moved.d_rows_TD, drawn(tokens, WIDTH, seed=100 + rank) * choices_T1)
-        assert_equal_bits(
-            moved.d_weights_A, drawn(len(pairs), seed=50 + rank), name="weights go and come back"
-        )
+        assert_equal_bits(moved.d_weights_A, drawn(len(pairs), seed=50 + rank), name="weights go and come back")
         # Received: by expert, then by sender, then by token, as the contract says.
         peers, first = range(rank - rank % ep, rank - rank % ep + ep), rank % ep * local
         arrivals = sorted(
@@ -210,9 +208,7 @@ def layers_on_every_rank(router: str) -> list[dict[tuple[str, str], dict[int, Re
 
 def expert_gradients(results: list[dict[int, Result]], ep: int, name: str) -> Tensor:
     """[E, ...]: summed over ranks that hold the same experts, put together over those that hold others."""
-    shares = [
-        sum(results[rank][ep].gradients[name] for rank in range(place, RANKS, ep)) for place in range(ep)
-    ]
+    shares = [sum(results[rank][ep].gradients[name] for rank in range(place, RANKS, ep)) for place in range(ep)]
     return torch.cat(shares)
 
 
@@ -229,14 +225,10 @@ def test_the_result_does_not_depend_on_the_expert_parallel_degree(router: str, m
                 assert_equal_bits(other.losses[name], loss, name=name)
             for name, gradient in one.gradients.items():
                 if not name.startswith("experts."):
-                    assert_close(
-                        other.gradients[name], gradient, rel=1e-5, abs=1e-7, name=f"{name} at EP {large}"
-                    )
+                    assert_close(other.gradients[name], gradient, rel=1e-5, abs=1e-7, name=f"{name} at EP {large}")
         for name in ("experts.w1", "experts.w2", "experts.w3"):
             expected = expert_gradients(results, small, name)
-            assert_close(
-                expert_gradients(results, large, name), expected, rel=1e-5, name=f"{name} at EP {large}"
-            )
+            assert_close(expert_gradients(results, large, name), expected, rel=1e-5, name=f"{name} at EP {large}")
     assert_hard_branches(results, mode, case)
 
 
@@ -249,6 +241,4 @@ def assert_hard_branches(results: list[dict[int, Result]], mode: str, case: str)
         assert results[1][4].out_TD.shape == (0, WIDTH)
     if case == "one expert":
         assert int((loads_E == 0).sum()) == EXPERTS - 2, "two experts have all the rows, six are empty"
-        assert any(not bool(result[4].rows_per_expert_L.any()) for result in results), (
-            "a rank has none to compute"
-        )
+        assert any(not bool(result[4].rows_per_expert_L.any()) for result in results), "a rank has none to compute"

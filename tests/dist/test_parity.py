@@ -62,9 +62,7 @@ def plain_torch_step(overrides: tuple[str, ...]) -> tuple[float, float, dict[str
     outputs = [model(*parity._tokens(config, 0, m)) for m in range(4)]
     torch.stack([o.loss for o in outputs]).mean().backward()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.training.gradient_clipping)
-    assert norm > config.training.gradient_clipping, (
-        "clipping has to be active for this test to mean something"
-    )
+    assert norm > config.training.gradient_clipping, "clipping has to be active for this test to mean something"
     optimizer.step()
     loss = torch.stack([o.cross_entropy for o in outputs]).mean()
     return float(loss), float(norm), {n: p.detach() for n, p in model.named_parameters()}
@@ -119,9 +117,7 @@ def test_experts_differ_between_ranks_after_training() -> None:
 def test_a_flip_is_named() -> None:
     one = reference("topk")
     place = next(iter(one.choices))
-    flipped = parity.ParityRun(
-        **{**vars(one), "choices": {**one.choices, place: one.choices[place].roll(1, dims=1)}}
-    )
+    flipped = parity.ParityRun(**{**vars(one), "choices": {**one.choices, place: one.choices[place].roll(1, dims=1)}})
     with pytest.raises(AssertionError, match=r"routing flips.*\n.*margin"):
         parity.compare(flipped, one)
 
@@ -129,8 +125,6 @@ def test_a_flip_is_named() -> None:
 def test_a_wrong_gradient_is_named() -> None:
     one = reference("topk")
     name = "blocks.1.ffn.experts.w2"
-    wrong = parity.ParityRun(
-        **{**vars(one), "gradients": {**one.gradients, name: one.gradients[name] * 1.01}}
-    )
+    wrong = parity.ParityRun(**{**vars(one), "gradients": {**one.gradients, name: one.gradients[name] * 1.01}})
     with pytest.raises(AssertionError, match=name):
         parity.compare(wrong, one)

@@ -45,7 +45,13 @@ BREAKERS: dict[str, list[tuple[list[str], str]]] = {
         (["training.checkpoint={every: 0, keep_every: 5}"], "training.checkpoint.keep_every"),
     ],
     "zero_0_runs_in_fp32": [(["parallel.zero_stage=0", "training.precision=bf16"], "parallel.zero_stage")],
-    "muon_needs_whole_matrices": [(["parallel.zero_stage=3", "training.optimizer.type=muon"], "parallel.zero_stage")],
+    "muon_needs_whole_matrices": [
+        (
+            ["parallel.zero_stage=3", "training.optimizer.type=muon", "training.gradient_clipping=0"],
+            "parallel.zero_stage",
+        )
+    ],
+    "muon_updates_are_not_clipped": [(["training.optimizer.type=muon"], "training.gradient_clipping")],
     "extra_leaves_our_keys": [
         (["deepspeed_extra.zero_optimization.stage=2"], "deepspeed_extra.zero_optimization.stage"),
         (["deepspeed_extra.zero_optimization=2"], "deepspeed_extra.zero_optimization"),
@@ -74,7 +80,7 @@ ACCEPTED = [
     ["training.checkpoint.keep_every=200"],
     ["parallel.zero_stage=0"],
     ["parallel.zero_stage=1", "training.precision=bf16"],
-    ["parallel.zero_stage=2", "training.optimizer.type=muon"],
+    ["parallel.zero_stage=2", "training.optimizer.type=muon", "training.gradient_clipping=0"],
     ["deepspeed_extra.zero_optimization.offload_optimizer.device=cpu"],
     ["deepspeed_extra.zero_optimization.overlap_comm=true"],
 ]

@@ -1,4 +1,4 @@
-"""Attention against explicit softmax over explicit pairs; rotary positions against complex numbers; the cache."""
+"""Attention against softmax over explicit pairs; rotary positions against complex numbers; the cache."""
 
 import math
 

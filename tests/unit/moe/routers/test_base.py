@@ -1,4 +1,4 @@
-"""What every router promises: the plan's order, expert choice in training only, a forward pass without traces."""
+"""What every router promises: the plan's order, expert choice in training only, no traces."""
 
 import pytest
 import torch

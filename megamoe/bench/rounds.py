@@ -1,0 +1,56 @@
+"""Timing in turns, and what the times say."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping
+from typing import NamedTuple, TypeVar
+
+from tqdm import tqdm
+
+Key = TypeVar("Key")
+
+
+class Spread(NamedTuple):
+    """Median, smallest and largest of the values of all rounds."""
+
+    median: float
+    min: float
+    max: float
+
+
+def in_turns(
+    contestants: Mapping[Key, Callable[[], None]],
+    rounds: int,
+    warmup: int,
+    between: Callable[[Key], None] = lambda key: None,
+    title: str = "",
+) -> dict[Key, list[float]]:
+    """Seconds that each contestant took in each round: A B C A B C ..., after untimed rounds of the same kind.
+
+    Args:
+        between: called untimed after each turn, to put away what the turn left behind.
+        title: of the progress bar, which shows on a terminal only.
+    """
+    seconds: dict[Key, list[float]] = {key: [] for key in contestants}
+    for number in tqdm(range(warmup + rounds), desc=title, unit="round", disable=None, leave=False):
+        for key, run in contestants.items():
+            began = time.perf_counter()
+            run()
+            elapsed = time.perf_counter() - began
+            between(key)
+            if number >= warmup:
+                seconds[key].append(elapsed)
+    return seconds
+
+
+def spread(values: Iterable[float]) -> Spread:
+    """Median, smallest and largest."""
+    values = list(values)
+    return Spread(statistics.median(values), min(values), max(values))
+
+
+def ratios(numerators: Iterable[float], denominators: Iterable[float]) -> Spread:
+    """Spread of the ratios of each round."""
+    return spread(a / b for a, b in zip(numerators, denominators, strict=True))

@@ -1,0 +1,88 @@
+"""`bench`: measure megamoe beside other implementations on this machine."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+SUMMARY = "measure against other implementations"
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Register the command."""
+    parser = subparsers.add_parser(
+        "bench", help=SUMMARY, description=f"{SUMMARY.capitalize()}, taking turns in one run."
+    )
+    kinds = parser.add_subparsers(dest="kind", required=True, metavar="KIND")
+    layer = kinds.add_parser("layer", help="one MoE layer against a dense one of the same active FLOPs, on a CPU")
+    layer.add_argument("--tokens", type=int, default=4096, help="rows T of a pass (default: %(default)s)")
+    layer.add_argument("--hidden", type=int, default=512, help="model width D (default: %(default)s)")
+    layer.add_argument("--ffn", type=int, default=1024, help="width F of one expert (default: %(default)s)")
+    layer.add_argument("--experts", type=int, default=8, help="number of experts E (default: %(default)s)")
+    layer.add_argument("--top-k", type=int, default=2, help="experts per token K (default: %(default)s)")
+    layer.add_argument("--scaling", action="store_true", help="measure 8 times as many experts as well")
+    layer.add_argument("--threads", type=int, default=2, help="threads of torch (default: %(default)s)")
+    layer.add_argument("--dtype", default="fp32,bf16", help="comma-separated (default: %(default)s)")
+    layer.add_argument("--only", default="", metavar="NAMES", help="comma-separated names of layers (default: all)")
+    layer.add_argument("--default-allocator", action="store_true", help="let the C library give freed memory back")
+    train = kinds.add_parser("train", help="training steps against the same model with deepspeed.moe.MoE layers")
+    train.add_argument(
+        "--config",
+        nargs="+",
+        default=["configs/tiny.yaml"],
+        metavar="FILE|KEY=VALUE",
+        help="files, then overrides (default: configs/tiny.yaml)",
+    )
+    train.add_argument("--ranks", type=int, default=2, help="processes (default: %(default)s)")
+    train.add_argument("--steps", type=int, default=4, help="optimizer steps per turn (default: %(default)s)")
+    for kind, rounds in ((layer, 15), (train, 10)):
+        kind.add_argument("--repeats", type=int, default=rounds, help="rounds (default: %(default)s)")
+        kind.add_argument("--out", type=Path, metavar="FILE.json", help="write the report there, and FILE.md beside it")
+        kind.add_argument("--note", default="", help="a remark on the conditions, kept in the report")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure, print the tables, write the files."""
+    report, markdown = _layer(args) if args.kind == "layer" else _train(args)
+    print(markdown)
+    if args.out is not None:
+        from megamoe.bench.report import write
+
+        print("wrote", *write(report, markdown, args.out))
+    return 0
+
+
+def _layer(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    from megamoe.bench.layer import LayerSettings, bench_layer, markdown
+
+    settings = LayerSettings(
+        tokens=args.tokens,
+        hidden=args.hidden,
+        ffn=args.ffn,
+        experts=(args.experts, 8 * args.experts) if args.scaling else (args.experts,),
+        top_k=args.top_k,
+        threads=args.threads,
+        dtypes=_names(args.dtype),
+        rounds=args.repeats,
+        contestants=_names(args.only),
+        default_allocator=args.default_allocator,
+    )
+    report = bench_layer(settings, args.note)
+    return report, markdown(report)
+
+
+def _train(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    from megamoe.bench.train import TrainSettings, bench_train, markdown
+    from megamoe.cli.check import split
+    from megamoe.config.load import load_config
+    from megamoe.config.rules import check_world_size
+
+    config = load_config(*split(args.config))
+    check_world_size(config, args.ranks)
+    report = bench_train(config, TrainSettings(args.ranks, args.steps, args.repeats), args.note)
+    return report, markdown(report)
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
