@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from typing import Literal
 
 from megamoe.common.errors import TopologyError
@@ -40,6 +41,11 @@ def export(name: str, value: str) -> None:
 def unset(name: str) -> None:
     """Remove a variable, if it is there."""
     os.environ.pop(name, None)
+
+
+def copy_with(values: Mapping[str, str]) -> dict[str, str]:
+    """This process's variables with `values` over them, for a process that is to be started."""
+    return {**os.environ, **values}
 
 
 def flag(name: str) -> bool:

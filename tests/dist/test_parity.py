@@ -14,6 +14,8 @@ import torch
 from megamoe.config import derive
 from megamoe.model.decoder import Decoder
 from megamoe.model.initialise import initialise
+from megamoe.moe.routers.base import Router
+from megamoe.moe.routers.resonance import ResonanceRouter
 from megamoe.testing import parity
 from megamoe.testing.configs import tiny_config
 from megamoe.testing.ranks import run_ranks
@@ -96,6 +98,47 @@ def test_routers_equal_one_process(router: str, world_size: int, ep: int, stage:
 @pytest.mark.parametrize("stage", [1, 3])
 def test_recomputation_changes_nothing(stage: int) -> None:
     parity.compare(run(2, 2, stage, "resonance", "training.recompute=full"), reference("resonance"))
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_mixed_blocks_equal_one_process(stage: int) -> None:
+    """Dense and MoE blocks, shared experts, an output head of its own."""
+    mixed = (
+        "model.num_layers=3",
+        "model.tie_embeddings=false",
+        "moe.first_k_dense=1",
+        "moe.every_n_layers=2",
+        "moe.num_shared_experts=1",
+    )
+    one = run_ranks(train, 1, ("parallel.zero_stage=0", *mixed))[0]
+    assert {name.split(".")[1] for name in one.weights if ".experts." in name} == {"2"}
+    parity.compare(run(2, 2, stage, "topk", *mixed), one)
+
+
+def train_with_statistics(overrides: tuple[str, ...]) -> tuple[parity.ParityRun, set[torch.dtype]]:
+    """As `train`, and the dtypes of the routers' running statistics once the engine has the model."""
+    dtypes: set[torch.dtype] = set()
+    update = Router.update
+
+    def observe(self: ResonanceRouter, observations: dict[str, torch.Tensor]) -> None:
+        dtypes.add(self.token_mean_D.dtype)
+        update(self, observations)
+
+    ResonanceRouter.update = observe  # type: ignore[method-assign]
+    return train(overrides), dtypes
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_bf16_follows_fp32(stage: int) -> None:
+    """bf16 cannot be equal: choices flip at near ties. The first loss is close, the norm within bf16's resolution,
+    and the routers' statistics stay in fp32."""
+    overrides = ("parallel.ep=2", f"parallel.zero_stage={stage}", "training.precision=bf16", *ROUTERS["resonance"])
+    bf16, dtypes = run_ranks(train_with_statistics, 2, overrides)[0]
+    fp32 = reference("resonance")
+    assert abs(bf16.losses[0] - fp32.losses[0]) < 5e-3
+    assert abs(bf16.norms[0] - fp32.norms[0]) < 0.05 * fp32.norms[0]
+    assert max(abs(a - b) for a, b in zip(bf16.losses, fp32.losses, strict=True)) < 3e-2
+    assert dtypes == {torch.float32}
 
 
 @pytest.mark.parametrize("micro_batch_size", [1, 4])

@@ -58,12 +58,14 @@ def load_weights(folder: Path, model: nn.Module) -> None:
     for name, tensor in _read(folder, "dense.pt").items():
         _copy(folder, name, target, tensor, wanted)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, MoELayer)}
+    filled: dict[str, int] = {}
     for path in sorted((folder / FOLDER).glob("experts_*.pt")) if layers else []:
         first = int(path.stem.split("_")[1])
         for name, tensor in _read(folder, path.name).items():
             layer = layers[name.rpartition(".experts.")[0]]
-            _copy_experts(target[name], tensor, first, layer)
-            wanted.discard(name)
+            filled[name] = filled.get(name, 0) + _copy_experts(target[name], tensor, first, layer)
+            if filled[name] == layer.num_local_experts:
+                wanted.discard(name)
     tied = {n for n in wanted if any(target[n] is target[o] for o in target if o not in wanted)}
     if wanted - tied:
         raise damaged(folder, f"no weights for {', '.join(sorted(wanted - tied)[:3])}")
@@ -81,12 +83,13 @@ def _copy(folder: Path, name: str, target: dict[str, Tensor], tensor: Tensor, wa
     wanted.discard(name)
 
 
-def _copy_experts(parameter: Tensor, saved: Tensor, first: int, layer: MoELayer) -> None:
-    """Copy those of the saved experts `first` ... that this rank holds."""
+def _copy_experts(parameter: Tensor, saved: Tensor, first: int, layer: MoELayer) -> int:
+    """Copy those of the saved experts `first` ... that this rank holds; returns how many these are."""
     mine = layer.ep_rank * layer.num_local_experts
     start, end = max(first, mine), min(first + len(saved), mine + layer.num_local_experts)
     if start < end:
         parameter[start - mine : end - mine].copy_(saved[start - first : end - first])
+    return max(0, end - start)
 
 
 def _read(folder: Path, name: str) -> dict[str, Tensor]:

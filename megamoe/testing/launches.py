@@ -1,0 +1,166 @@
+"""The launch scripts as a user starts them: real processes under a real launcher, or the script alone inside `run_ranks`.
+
+The second costs no import of torch and DeepSpeed (4 seconds per process), so it is for whatever does not depend on how
+the processes were started.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import runpy
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Literal
+
+from megamoe.common import env, main
+from megamoe.testing.ranks import run_ranks
+
+Launcher = Literal["python", "deepspeed", "torchrun"]
+
+# The processor only, on one thread per rank, and no network.
+QUIET_MACHINE = {
+    "CUDA_VISIBLE_DEVICES": "",
+    "DS_ACCELERATOR": "cpu",
+    "GLOO_SOCKET_IFNAME": "lo" if sys.platform == "linux" else "lo0",
+    "OMP_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "WANDB_MODE": "offline",
+}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a process ended and what it wrote."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+    @property
+    def output(self) -> str:
+        """Both streams, one after the other."""
+        return self.stdout + self.stderr
+
+
+def command(launcher: Launcher, ranks: int, script: str | Path, words: Sequence[str]) -> list[str]:
+    """The command line, with a port of its own where a launcher needs one."""
+    binaries = Path(sys.executable).parent
+    match launcher:
+        case "deepspeed":
+            start = [f"{binaries}/deepspeed", "--num_accelerators", str(ranks), "--master_port", str(free_port())]
+        case "torchrun":
+            start = [f"{binaries}/torchrun", "--nproc-per-node", str(ranks), "--master-port", str(free_port())]
+        case _:
+            start = [sys.executable]
+    return [*start, str(script), *words]
+
+
+def free_port() -> int:
+    """A port that nobody holds at the moment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextlib.contextmanager
+def started(words: Sequence[str], folder: Path, **environment: str) -> Iterator[subprocess.Popen[bytes]]:
+    """A running command in a process group of its own, which is gone afterwards.
+
+    Args:
+        words: the command.
+        folder: takes its output, `stdout` and `stderr`; files, so that a full pipe never stops the command.
+        environment: variables besides `QUIET_MACHINE`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "stdout").open("wb") as out, (folder / "stderr").open("wb") as err:
+        variables = env.copy_with(QUIET_MACHINE | environment)
+        process = subprocess.Popen(
+            words, stdin=subprocess.DEVNULL, stdout=out, stderr=err, env=variables, start_new_session=True
+        )
+        try:
+            yield process
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def outcome(process: subprocess.Popen[bytes], folder: Path, timeout: float) -> Outcome:
+    """Wait for a process of `started` and read what it wrote.
+
+    Raises:
+        subprocess.TimeoutExpired: it did not end in time; with what it wrote.
+    """
+    try:
+        process.wait(timeout)
+    except subprocess.TimeoutExpired as error:
+        written = (folder / "stdout").read_text(), (folder / "stderr").read_text()
+        raise AssertionError(f"no end within {timeout:g} s:\n{written[0]}\n{written[1]}") from error
+    return Outcome(process.returncode, (folder / "stdout").read_text(), (folder / "stderr").read_text())
+
+
+def launch(
+    launcher: Launcher,
+    script: str | Path,
+    words: Sequence[str],
+    ranks: int = 1,
+    timeout: float = 120.0,
+    **environment: str,
+) -> Outcome:
+    """Run a script under a launcher to its end."""
+    with tempfile.TemporaryDirectory(prefix="megamoe-launch-") as name:
+        folder = Path(name)
+        with started(command(launcher, ranks, script, words), folder, **environment) as process:
+            return outcome(process, folder, timeout)
+
+
+def run_script(script: str | Path, words: Sequence[str], ranks: int = 1, timeout: float = 60.0) -> list[Outcome]:
+    """Run a script on ranks that have imported torch and DeepSpeed already; how each of them ended."""
+    return run_ranks(_script, ranks, str(script), list(words), init=False, timeout=timeout)
+
+
+def _script(path: str, words: list[str]) -> Outcome:
+    sys.argv = [path, *words]
+    # Here no launcher ends the other ranks when one has failed.
+    main.LINGER_SECONDS = 0.0
+    code = 0
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err, _redirected(out, err):
+        try:
+            runpy.run_path(path, run_name="__main__")
+        except SystemExit as leave:
+            code = leave.code if isinstance(leave.code, int) else int(leave.code is not None)
+        except BaseException:
+            sys.excepthook(*sys.exc_info())
+            code = 1
+        sys.stdout.flush()
+        sys.stderr.flush()
+        return Outcome(code, _content(out), _content(err))
+
+
+@contextlib.contextmanager
+def _redirected(out: IO[bytes], err: IO[bytes]) -> Iterator[None]:
+    """Send what this process writes there, also what C libraries write."""
+    kept = os.dup(1), os.dup(2)
+    streams = sys.stdout, sys.stderr
+    os.dup2(out.fileno(), 1)
+    os.dup2(err.fileno(), 2)
+    sys.stdout, sys.stderr = (io.TextIOWrapper(io.FileIO(n, "w", closefd=False), write_through=True) for n in (1, 2))
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = streams
+        os.dup2(kept[0], 1)
+        os.dup2(kept[1], 2)
+
+
+def _content(file: IO[bytes]) -> str:
+    file.seek(0)
+    return file.read().decode(errors="replace")

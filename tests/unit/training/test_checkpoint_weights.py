@@ -1,0 +1,85 @@
+"""Weights by global name: written by ranks of one layout, read by any other."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from megamoe.common.errors import CheckpointError
+from megamoe.model.decoder import Decoder
+from megamoe.model.initialise import initialise
+from megamoe.moe.layer import ExpertParallel
+from megamoe.testing.configs import tiny_config
+from megamoe.training.checkpoint.weights import load_weights, save_weights
+
+
+def model(ep_size: int = 1, ep_rank: int = 0, seed: int = 1, *overrides: str) -> Decoder:
+    config = tiny_config(*overrides)
+    result = Decoder(config, 320, ExpertParallel(ep_size, ep_rank))
+    initialise(result, config.model, seed)
+    return result
+
+
+def save(folder: Path, ep_size: int, *overrides: str) -> None:
+    for rank in range(ep_size):
+        one = model(ep_size, rank, 1, *overrides)
+        save_weights(folder, one.named_parameters(), one, dense=rank == 0, experts=True)
+
+
+@pytest.mark.parametrize("router", ["topk", "resonance"])
+@pytest.mark.parametrize("saved_by", [1, 2, 8])
+@pytest.mark.parametrize("read_by", [1, 2, 4])
+def test_any_layout_reads_any_other(tmp_path: Path, saved_by: int, read_by: int, router: str) -> None:
+    kind = f"moe.router.type={router}"
+    save(tmp_path, saved_by, kind)
+    for rank in range(read_by):
+        wanted, got = model(read_by, rank, 1, kind), model(read_by, rank, 2, kind)
+        load_weights(tmp_path, got)
+        for name, tensor in wanted.state_dict().items():
+            assert torch.equal(got.state_dict()[name], tensor), name
+
+
+def test_running_statistics_travel(tmp_path: Path) -> None:
+    one, other = model(1, 0, 1, "moe.router.type=resonance"), model(1, 0, 2, "moe.router.type=resonance")
+    one.blocks[1].ffn.router.token_mean_D.uniform_()
+    save_weights(tmp_path, one.named_parameters(), one, dense=True, experts=True)
+    load_weights(tmp_path, other)
+    assert torch.equal(other.blocks[1].ffn.router.token_mean_D, one.blocks[1].ffn.router.token_mean_D)
+
+
+def test_an_untied_head_and_dense_blocks_travel(tmp_path: Path) -> None:
+    mixed = ("model.tie_embeddings=false", "moe.first_k_dense=1", "moe.num_shared_experts=1")
+    save(tmp_path, 2, *mixed)
+    wanted, got = model(1, 0, 1, *mixed), model(1, 0, 2, *mixed)
+    load_weights(tmp_path, got)
+    assert all(torch.equal(got.state_dict()[n], t) for n, t in wanted.state_dict().items())
+
+
+def test_another_shape_is_refused(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    with pytest.raises(CheckpointError, match="another architecture"):
+        load_weights(tmp_path, model(1, 0, 1, "model.hidden_size=64"))
+
+
+def test_missing_experts_are_refused(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    (tmp_path / "weights" / "experts_0000_0007.pt").unlink()
+    with pytest.raises(CheckpointError, match=r"experts\.w1"):
+        load_weights(tmp_path, model())
+
+
+def test_half_of_the_experts_is_refused(tmp_path: Path) -> None:
+    save(tmp_path, 2)
+    (tmp_path / "weights" / "experts_0004_0007.pt").unlink()
+    with pytest.raises(CheckpointError, match="damaged"):
+        load_weights(tmp_path, model())
+
+
+def test_a_torn_file_is_refused(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    path = tmp_path / "weights" / "dense.pt"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        load_weights(tmp_path, model())
