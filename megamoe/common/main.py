@@ -26,6 +26,10 @@ def run_main(main: Callable[[], int | None]) -> NoReturn:
     except MegamoeError as error:
         report(error)
         sys.exit(EXIT_CODE)
+    except BrokenPipeError:
+        # The reader left (`... | head`). What is buffered has nowhere to go, and flushing it would fail once more.
+        sys.stdout = None  # type: ignore[assignment]
+        sys.exit(1)
 
 
 def report(error: MegamoeError) -> None:

@@ -28,6 +28,7 @@ PUBLIC_HOSTS = {
     "json-schema.org",
     "keepachangelog.com",
     "localhost",
+    "www.w3.org",
     "pypi.org",
     "semver.org",
     "slurm.schedmd.com",
