@@ -55,7 +55,8 @@ def open_checkpoint(path: str | Path, overrides: Sequence[str], world_size: int)
     manifest = folders.read_manifest(folder)
     config = load_config([folder / "config.json"], overrides)
     ep = math.gcd(world_size, config.moe.num_experts) if config.moe.num_experts else 1
-    return Checkpoint(folder, manifest, load_config([folder / "config.json"], [*overrides, f"parallel.ep={ep}"]))
+    layout = (f"parallel.ep={ep}", "moe.dispatcher=auto")
+    return Checkpoint(folder, manifest, load_config([folder / "config.json"], [*overrides, *layout]))
 
 
 def load_model(checkpoint: Checkpoint, runtime: Runtime) -> tuple[Decoder, Tokenizer]:

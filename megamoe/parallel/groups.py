@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch.distributed as dist
 
@@ -39,16 +40,20 @@ class Groups:
     edp: RankGroup
 
 
-def build_groups(topology: Topology) -> Groups:
-    """Make every group of every axis. Collective: all ranks of the default group call it once, in the same order."""
+def build_groups(topology: Topology, timeout: timedelta | None = None) -> Groups:
+    """Make every group of every axis. Collective: all ranks of the default group call it once, in the same order.
+
+    Args:
+        timeout: limit of every collective of these groups; they do not inherit the default group's. None: torch's.
+    """
     rank = dist.get_rank()
-    return Groups(topology, rank, *(_build_axis(topology, axis, rank) for axis in ("dp", "ep", "edp")))
+    return Groups(topology, rank, *(_build_axis(topology, axis, rank, timeout) for axis in ("dp", "ep", "edp")))
 
 
-def _build_axis(topology: Topology, axis: str, rank: int) -> RankGroup:
+def _build_axis(topology: Topology, axis: str, rank: int, timeout: timedelta | None) -> RankGroup:
     mine: RankGroup | None = None
     for ranks in topology.groups(axis):
-        handle = dist.new_group(list(ranks))
+        handle = dist.new_group(list(ranks), timeout=timeout)
         if rank in ranks:
             mine = RankGroup(ranks, ranks.index(rank), handle)
     assert mine is not None, "the groups of an axis hold every rank"

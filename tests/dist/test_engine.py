@@ -47,7 +47,8 @@ def build_disguised(stage: int) -> str:
 @pytest.mark.parametrize("stage", [0, 1, 3])
 def test_experts_that_the_engine_does_not_see_are_refused(stage: int) -> None:
     message = run_ranks(build_disguised, 1, stage)[0]
-    assert "did not recognise" in message and "to do" in message
+    assert "did not recognise" in message
+    assert "to do" in message
 
 
 @pytest.mark.parametrize("version", ["0.19.7", "0.20", "0.20.1", "1.0"])

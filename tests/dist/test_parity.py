@@ -16,6 +16,7 @@ from megamoe.model.decoder import Decoder
 from megamoe.model.initialise import initialise
 from megamoe.moe.routers.base import Router
 from megamoe.moe.routers.resonance import ResonanceRouter
+from megamoe.ops import memory
 from megamoe.testing import parity
 from megamoe.testing.configs import tiny_config
 from megamoe.testing.ranks import run_ranks
@@ -84,13 +85,13 @@ def train_one_step(overrides: tuple[str, ...]) -> parity.ParityRun:
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-@pytest.mark.parametrize(("world_size", "ep"), [(1, 1), (2, 1), (2, 2), (4, 2)])
+@pytest.mark.parametrize("world_size, ep", [(1, 1), (2, 1), (2, 2), (4, 2)])
 def test_layouts_equal_one_process(world_size: int, ep: int, stage: int) -> None:
     parity.compare(run(world_size, ep, stage, "topk"), reference("topk"))
 
 
 @pytest.mark.parametrize("router", ["sigmoid_bias", "resonance", "resonance_static"])
-@pytest.mark.parametrize(("world_size", "ep", "stage"), [(2, 2, 1), (4, 2, 2), (2, 2, 3), (4, 4, 1)])
+@pytest.mark.parametrize("world_size, ep, stage", [(2, 2, 1), (4, 2, 2), (2, 2, 3), (4, 4, 1)])
 def test_routers_equal_one_process(router: str, world_size: int, ep: int, stage: int) -> None:
     parity.compare(run(world_size, ep, stage, router), reference(router))
 
@@ -98,6 +99,19 @@ def test_routers_equal_one_process(router: str, world_size: int, ep: int, stage:
 @pytest.mark.parametrize("stage", [1, 3])
 def test_recomputation_changes_nothing(stage: int) -> None:
     parity.compare(run(2, 2, stage, "resonance", "training.recompute=full"), reference("resonance"))
+
+
+def train_with_recycled_gradients(overrides: tuple[str, ...]) -> parity.ParityRun:
+    """As `train`, with every weight gradient of the experts in recycled memory, as those of large models are."""
+    memory.WORTHWHILE_BYTES = 0
+    return train(overrides)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_recycled_gradients_equal_fresh_ones(stage: int) -> None:
+    """Nothing keeps a gradient that the next step's is written over."""
+    layout = ("parallel.ep=2", f"parallel.zero_stage={stage}")
+    parity.compare(run_ranks(train_with_recycled_gradients, 2, layout)[0], reference("topk"))
 
 
 @pytest.mark.parametrize("stage", [1, 3])

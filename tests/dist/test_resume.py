@@ -90,7 +90,7 @@ def assert_same_run(resumed: Path, straight: Path) -> None:
     assert not differing, f"{len(differing)} of {len(one)} saved values differ, first: {differing[:3]}"
 
 
-@pytest.mark.parametrize(("world_size", "ep", "stage", "more"), LAYOUTS)
+@pytest.mark.parametrize("world_size, ep, stage, more", LAYOUTS)
 def test_resume_equals_the_straight_run(
     tmp_path: Path, world_size: int, ep: int, stage: int, more: tuple[str, ...]
 ) -> None:
