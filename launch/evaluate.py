@@ -12,6 +12,7 @@ import json
 from pathlib import Path
 
 from megamoe.common import env
+from megamoe.common.errors import ConfigError
 from megamoe.common.log import setup_logging
 from megamoe.common.main import run_main
 
@@ -26,11 +27,31 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--out", metavar="FILE", help="write the numbers as JSON too")
     parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="over the checkpoint's config")
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
-    return parser.parse_args()
+    return parser.parse_intermixed_args()  # overrides also behind an option
+
+
+def check(args: argparse.Namespace) -> None:
+    """Refuse what cannot be measured with, before anything is loaded."""
+    for name, value, least in (("--documents", args.documents, 0), ("--batch-size", args.batch_size, 1)):
+        if value < least:
+            raise ConfigError(
+                f"{name} has a value that cannot be used",
+                got=str(value),
+                expected=f"at least {least}",
+                todo="correct the command line",
+            )
+    if args.out and not Path(args.out).absolute().parent.is_dir():
+        raise ConfigError(
+            "--out names a file in a folder that does not exist",
+            got=args.out,
+            expected="a file in an existing folder",
+            todo=f"make the folder: mkdir -p {Path(args.out).parent}",
+        )
 
 
 def main() -> int:
     args = parse()
+    check(args)
     setup_logging(env.rank())
     from megamoe.data.manifest import check_prepared
     from megamoe.eval.loading import load_model, open_checkpoint

@@ -40,7 +40,12 @@ def check(args: argparse.Namespace) -> None:
     )
     for name, value, valid, expected in rules:
         if not valid:
-            raise ConfigError(f"{name} has a value that cannot be used", got=str(value), expected=expected)
+            raise ConfigError(
+                f"{name} has a value that cannot be used",
+                got=str(value),
+                expected=expected,
+                todo="correct the command line",
+            )
 
 
 def main() -> int:

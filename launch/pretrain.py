@@ -31,7 +31,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--deepspeed", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--deepspeed_config", help=argparse.SUPPRESS)
-    return parser.parse_args()
+    return parser.parse_intermixed_args()  # overrides also behind an option
 
 
 def main() -> int:

@@ -87,19 +87,20 @@ class DeepSpeedMoE(nn.Module):
     def __init__(self, shape: LayerShape, drop_tokens: bool) -> None:
         super().__init__()
         _init_deepspeed()
-        self.layer = deepspeed_moe(shape, ep_size=1, drop_tokens=drop_tokens)
-        self.layer.set_deepspeed_parallelism()
+        layer = deepspeed_moe(shape, ep_size=1, drop_tokens=drop_tokens)
+        layer.set_deepspeed_parallelism()
+        self.layer = layer
 
     def forward(self, rows_TD: Tensor) -> tuple[Tensor, list[Tensor]]:
         out_TD, balance_loss, _ = self.layer(rows_TD)
         return out_TD, [0.01 * balance_loss]
 
 
-def deepspeed_moe(shape: LayerShape, ep_size: int, drop_tokens: bool) -> nn.Module:
+def deepspeed_moe(shape: LayerShape, ep_size: int, drop_tokens: bool) -> Any:
     """DeepSpeed's layer with our SwiGLU as its expert; with `drop_tokens` an expert takes 1.25 of the even share."""
     from deepspeed.moe.layer import MoE
 
-    layer: nn.Module = MoE(
+    return MoE(
         shape.hidden,
         FeedForward(shape.hidden, shape.ffn),
         num_experts=shape.experts,
@@ -110,7 +111,6 @@ def deepspeed_moe(shape: LayerShape, ep_size: int, drop_tokens: bool) -> nn.Modu
         use_rts=False,
         top2_2nd_expert_sampling=False,
     )
-    return layer
 
 
 def _init_deepspeed() -> None:

@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from megamoe.bench import allocator
 from megamoe.bench.conditions import conditions
 from megamoe.bench.contestants import CONTESTANTS, DENSE, INSTALL, OURS, Contestant, LayerShape
 from megamoe.bench.report import as_table, closing, in_words, target
 from megamoe.bench.rounds import Spread, in_turns, ratios, spread
-from megamoe.common.allocator import keep_freed_memory
 from megamoe.testing.ranks import run_ranks
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -32,7 +32,7 @@ class LayerSettings:
     Attributes:
         experts: numbers of experts E, ascending; the active FLOPs are the same for all.
         contestants: names to measure besides the dense layer; empty: all.
-        default_allocator: leave the C library's allocator as it is instead of letting it keep freed memory.
+        keep_freed_memory: have the C library keep freed memory (for all contestants) instead of its default.
     """
 
     tokens: int = 4096
@@ -45,7 +45,7 @@ class LayerSettings:
     rounds: int = 15
     warmup: int = 2
     contestants: tuple[str, ...] = ()
-    default_allocator: bool = False
+    keep_freed_memory: bool = False
 
 
 class Entry(NamedTuple):
@@ -65,13 +65,13 @@ def bench_layer(settings: LayerSettings, note: str = "") -> dict[str, Any]:
     where = conditions(note)
     chosen = [c for c in CONTESTANTS if c.name in (DENSE, *settings.contestants) or not settings.contestants]
     present = [contestant.name for contestant in chosen if not contestant.missing()]
-    allocator, seconds = run_ranks(_measure, 1, settings, present, timeout=TIMEOUT_SECONDS)[0]
+    state, seconds = run_ranks(_measure, 1, settings, present, timeout=TIMEOUT_SECONDS)[0]
     results = [row for dtype in settings.dtypes for row in _results(dtype, seconds[dtype])]
     growth = [row for dtype in settings.dtypes for row in _growth(dtype, seconds[dtype], settings)]
     return {
         "benchmark": "layer",
         "settings": asdict(settings),
-        "conditions": where | {"allocator": allocator},
+        "conditions": where | {"allocator": state},
         "results": results,
         "not_installed": [{"contestant": c.name, "install": INSTALL} for c in chosen if c.missing()],
         "growth": growth,
@@ -83,9 +83,8 @@ def _measure(settings: LayerSettings, names: list[str]) -> tuple[str, dict[str, 
     """In the measuring process: the allocator's state, and the seconds per dtype, contestant and round."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(settings.threads)
-    kept = not settings.default_allocator and keep_freed_memory()
-    allocator = "freed memory is kept" if kept else "as the C library has it"
-    return allocator, {dtype: _measure_dtype(settings, names, dtype) for dtype in settings.dtypes}
+    state = allocator.prepare(settings.keep_freed_memory)
+    return state, {dtype: _measure_dtype(settings, names, dtype) for dtype in settings.dtypes}
 
 
 def _measure_dtype(settings: LayerSettings, names: list[str], dtype: str) -> dict[Entry, list[float]]:

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from megamoe.bench import allocator
 from megamoe.bench.conditions import conditions
 from megamoe.bench.contestants import OURS, LayerShape, deepspeed_moe
 from megamoe.bench.report import as_table, closing, in_words, target
 from megamoe.bench.rounds import in_turns, ratios, spread
-from megamoe.common.allocator import keep_freed_memory
 from megamoe.common.log import setup_logging
 from megamoe.config import derive
 from megamoe.config.load import dump_config
@@ -43,6 +43,7 @@ class TrainSettings:
     steps: int = 4
     rounds: int = 10
     warmup: int = 1
+    keep_freed_memory: bool = False
 
 
 def bench_train(config: RunConfig, settings: TrainSettings, note: str = "") -> dict[str, Any]:
@@ -53,12 +54,12 @@ def bench_train(config: RunConfig, settings: TrainSettings, note: str = "") -> d
         the same round.
     """
     where = conditions(note)
-    allocator, losses, seconds = run_ranks(
-        _measure, settings.ranks, config, settings, timeout=TIMEOUT_SECONDS, init=False
-    )[0]
+    state, losses, seconds = run_ranks(_measure, settings.ranks, config, settings, timeout=TIMEOUT_SECONDS, init=False)[
+        0
+    ]
     tokens = settings.steps * config.training.global_batch_size * config.data.seq_length
     speed = {name: [tokens / second for second in own] for name, own in seconds.items()}
-    results = [
+    results: list[dict[str, Any]] = [
         {
             "contestant": name,
             "tokens_per_second": spread(own)._asdict(),
@@ -71,7 +72,7 @@ def bench_train(config: RunConfig, settings: TrainSettings, note: str = "") -> d
         "benchmark": "train",
         "settings": asdict(settings),
         "config": dump_config(config),
-        "conditions": where | {"allocator": allocator},
+        "conditions": where | {"allocator": state},
         "results": results,
         "targets": [
             target(f"tokens/s of megamoe over {r['contestant']}", 1.0, r["megamoe_over_this"]["median"], at_least=True)
@@ -85,7 +86,7 @@ def _measure(config: RunConfig, settings: TrainSettings) -> tuple[str, dict[str,
     """On every rank: the allocator's state, each contestant's last loss, and its seconds per round."""
     warnings.simplefilter("ignore")
     setup_logging()
-    kept = keep_freed_memory()
+    state = allocator.prepare(settings.keep_freed_memory)
     with distributed(config.parallel, config.training.timeout_minutes) as runtime:
         trainees = {OURS: Trainee(config, runtime, None)}
         trainees |= {name: Trainee(config, runtime, drop) for name, drop in PEERS.items()}
@@ -96,7 +97,7 @@ def _measure(config: RunConfig, settings: TrainSettings) -> tuple[str, dict[str,
         turns = {name: turn(trainee) for name, trainee in trainees.items()}
         seconds = in_turns(turns, settings.rounds, settings.warmup, title="train")
     losses = {name: trainee.loss for name, trainee in trainees.items()}
-    return "freed memory is kept" if kept else "as the C library has it", losses, seconds
+    return state, losses, seconds
 
 
 class Trainee:

@@ -25,7 +25,6 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     layer.add_argument("--threads", type=int, default=2, help="threads of torch (default: %(default)s)")
     layer.add_argument("--dtype", default="fp32,bf16", help="comma-separated (default: %(default)s)")
     layer.add_argument("--only", default="", metavar="NAMES", help="comma-separated names of layers (default: all)")
-    layer.add_argument("--default-allocator", action="store_true", help="let the C library give freed memory back")
     train = kinds.add_parser("train", help="training steps against the same model with deepspeed.moe.MoE layers")
     train.add_argument(
         "--config",
@@ -39,6 +38,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     for kind, rounds in ((layer, 15), (train, 10)):
         kind.add_argument("--repeats", type=int, default=rounds, help="rounds (default: %(default)s)")
         kind.add_argument("--out", type=Path, metavar="FILE.json", help="write the report there, and FILE.md beside it")
+        kind.add_argument(
+            "--keep-freed-memory", action="store_true", help="let the C library keep freed memory, for all contestants"
+        )
         kind.add_argument("--note", default="", help="a remark on the conditions, kept in the report")
 
 
@@ -66,7 +68,7 @@ def _layer(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         dtypes=_names(args.dtype),
         rounds=args.repeats,
         contestants=_names(args.only),
-        default_allocator=args.default_allocator,
+        keep_freed_memory=args.keep_freed_memory,
     )
     report = bench_layer(settings, args.note)
     return report, markdown(report)
@@ -80,7 +82,9 @@ def _train(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
     config = load_config(*split(args.config))
     check_world_size(config, args.ranks)
-    report = bench_train(config, TrainSettings(args.ranks, args.steps, args.repeats), args.note)
+    report = bench_train(
+        config, TrainSettings(args.ranks, args.steps, args.repeats, keep_freed_memory=args.keep_freed_memory), args.note
+    )
     return report, markdown(report)
 
 

@@ -57,5 +57,9 @@ class KernelUnavailable(MegamoeError):
     """An implementation of an op that was required and is not available here."""
 
 
+class LostPeerError(MegamoeError):
+    """Another rank is gone or does not answer. It may be about to say why, so this rank speaks late."""
+
+
 class PeerError(MegamoeError):
     """Another rank failed and has already printed the reason; this rank only leaves with the same exit code."""

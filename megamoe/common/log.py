@@ -6,6 +6,7 @@ import and costs nothing.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
 import warnings
@@ -65,6 +66,18 @@ class _LiveStderr(logging.StreamHandler[TextIO]):
         return sys.stderr
 
 
+class _File(logging.FileHandler):
+    """A log file that may fill its disk: what the run itself cannot write there is the error that counts."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            super().close()
+
+
 class _ToFileOnly(logging.Filter):
     """Lets errors through and hands everything else to the log file, if there is one."""
 
@@ -88,7 +101,7 @@ def _console(rank: int, level: int) -> logging.Handler:
 
 def _file(rank: int, log_dir: Path) -> logging.Handler:
     log_dir.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(log_dir / f"rank_{rank}.log", encoding="utf-8")
+    handler = _File(log_dir / f"rank_{rank}.log", encoding="utf-8")
     handler.setLevel(logging.DEBUG)
     handler.setFormatter(logging.Formatter(_FILE_FORMAT, datefmt="%Y-%m-%d %H:%M:%S"))
     return handler

@@ -8,9 +8,10 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from megamoe.common import env
-from megamoe.common.errors import EXIT_CODE, MegamoeError, PeerError
+from megamoe.common.errors import EXIT_CODE, LostPeerError, MegamoeError, PeerError
 
 LINGER_SECONDS = 10.0
+INTERRUPTED = 130
 
 
 def run_main(main: Callable[[], int | None]) -> NoReturn:
@@ -19,13 +20,16 @@ def run_main(main: Callable[[], int | None]) -> NoReturn:
     A MegamoeError becomes its text on stderr and exit code 2; other exceptions are defects and keep their
     traceback. Launchers end all ranks when the first one fails, so on other ranks than 0 the process waits up
     to `LINGER_SECONDS` before it leaves: rank 0 has the same error in general and is the one to print it. A
-    rank that is still there afterwards has an error of its own, and prints it, marked with its rank.
+    rank that is still there afterwards has an error of its own, and prints it, marked with its rank. A rank that
+    only lost another one waits as well.
     """
     try:
         sys.exit(main())
     except MegamoeError as error:
         report(error)
         sys.exit(EXIT_CODE)
+    except KeyboardInterrupt:  # before or after training, which catches signals itself
+        sys.exit(INTERRUPTED)
     except BrokenPipeError:
         # The reader left (`... | head`). What is buffered has nowhere to go, and flushing it would fail once more.
         sys.stdout = None  # type: ignore[assignment]
@@ -35,7 +39,7 @@ def run_main(main: Callable[[], int | None]) -> NoReturn:
 def report(error: MegamoeError) -> None:
     """Print `error` to stderr, late and marked on ranks above 0; a PeerError has been printed elsewhere."""
     rank = _rank()
-    if rank > 0:
+    if rank > 0 or isinstance(error, LostPeerError):
         time.sleep(LINGER_SECONDS)
     if not isinstance(error, PeerError):
         prefix = f"[rank {rank}] " if rank > 0 else ""

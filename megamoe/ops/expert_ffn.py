@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megamoe.ops.memory import recycled_like
 from megamoe.ops.registry import Implementation, Op
 
 ExpertFFN = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -74,7 +75,7 @@ class _BlockedFFN(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         rows_RD, weights_R, w1, w2, w3, h1_RF, h3_RF = ctx.saved_tensors
         d_rows, d_weights = torch.empty_like(rows_RD), torch.empty_like(weights_R)
-        d_w1, d_w2, d_w3 = torch.empty_like(w1), torch.empty_like(w2), torch.empty_like(w3)
+        d_w1, d_w2, d_w3 = recycled_like(w1), recycled_like(w2), recycled_like(w3)
         rowwise = (grads[0], rows_RD, weights_R[:, None], h1_RF, h3_RF, d_rows, d_weights)
         stacked = (w1, w2, w3, d_w1, d_w2, d_w3)
         for parts in _per_expert(ctx.splits, rowwise, stacked):

@@ -1,4 +1,4 @@
-"""The launch scripts as a user starts them: real processes under a real launcher, or the script alone inside `run_ranks`.
+"""The launch scripts as a user starts them: under a real launcher, or the script alone inside `run_ranks`.
 
 The second costs no import of torch and DeepSpeed (4 seconds per process), so it is for whatever does not depend on how
 the processes were started.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import re
 import runpy
 import signal
 import socket
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import IO, Literal
 
 from megamoe.common import env, main
+from megamoe.common.errors import EXIT_CODE
 from megamoe.testing.ranks import run_ranks
 
 Launcher = Literal["python", "deepspeed", "torchrun"]
@@ -50,14 +52,16 @@ class Outcome:
         return self.stdout + self.stderr
 
 
-def command(launcher: Launcher, ranks: int, script: str | Path, words: Sequence[str]) -> list[str]:
-    """The command line, with a port of its own where a launcher needs one."""
-    binaries = Path(sys.executable).parent
+def command(
+    launcher: Launcher, script: str | Path, words: Sequence[str], ranks: int = 1, port: int | None = None
+) -> list[str]:
+    """The command line; where a launcher needs a port, this one or a free one."""
+    binaries, port = Path(sys.executable).parent, port or free_port()
     match launcher:
         case "deepspeed":
-            start = [f"{binaries}/deepspeed", "--num_accelerators", str(ranks), "--master_port", str(free_port())]
+            start = [f"{binaries}/deepspeed", "--num_accelerators", str(ranks), "--master_port", str(port)]
         case "torchrun":
-            start = [f"{binaries}/torchrun", "--nproc-per-node", str(ranks), "--master-port", str(free_port())]
+            start = [f"{binaries}/torchrun", "--nproc-per-node", str(ranks), "--master-port", str(port)]
         case _:
             start = [sys.executable]
     return [*start, str(script), *words]
@@ -112,37 +116,60 @@ def launch(
     script: str | Path,
     words: Sequence[str],
     ranks: int = 1,
+    *,
     timeout: float = 120.0,
     **environment: str,
 ) -> Outcome:
     """Run a script under a launcher to its end."""
     with tempfile.TemporaryDirectory(prefix="megamoe-launch-") as name:
         folder = Path(name)
-        with started(command(launcher, ranks, script, words), folder, **environment) as process:
+        with started(command(launcher, script, words, ranks), folder, **environment) as process:
             return outcome(process, folder, timeout)
+
+
+def one_error(*outcomes: Outcome) -> str:
+    """The text of the one error that all processes of a run together gave; the exit code of each was 2.
+
+    Raises:
+        AssertionError: another exit code, a traceback, no error or several, or one without advice.
+    """
+    everything = "".join(outcome.output for outcome in outcomes)
+    codes = [outcome.returncode for outcome in outcomes]
+    assert codes == [EXIT_CODE] * len(codes), f"exit codes {codes}\n{everything}"
+    assert "Traceback" not in everything, everything
+    errors = list(re.finditer(r"^(?:\[rank \d+\] )?\w*Error: .*\n(?: +.*\n)*", everything, re.MULTILINE))
+    assert len(errors) == 1, f"{len(errors)} errors\n{everything}"
+    text = errors[0].group()
+    assert "\n  to do: " in text, text
+    return text
 
 
 def run_script(script: str | Path, words: Sequence[str], ranks: int = 1, timeout: float = 60.0) -> list[Outcome]:
     """Run a script on ranks that have imported torch and DeepSpeed already; how each of them ended."""
-    return run_ranks(_script, ranks, str(script), list(words), init=False, timeout=timeout)
+    return run_ranks(script_on_this_rank, ranks, str(script), list(words), init=False, timeout=timeout)
 
 
-def _script(path: str, words: list[str]) -> Outcome:
+def script_on_this_rank(path: str, words: list[str]) -> Outcome:
+    """What `run_script` does on each rank, for functions of a test that prepare something before."""
     sys.argv = [path, *words]
     # Here no launcher ends the other ranks when one has failed.
     main.LINGER_SECONDS = 0.0
-    code = 0
-    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err, _redirected(out, err):
-        try:
-            runpy.run_path(path, run_name="__main__")
-        except SystemExit as leave:
-            code = leave.code if isinstance(leave.code, int) else int(leave.code is not None)
-        except BaseException:
-            sys.excepthook(*sys.exc_info())
-            code = 1
-        sys.stdout.flush()
-        sys.stderr.flush()
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        with _redirected(out, err):
+            code = _exit_code(path)
         return Outcome(code, _content(out), _content(err))
+
+
+def _exit_code(path: str) -> int:
+    """Run the script as the main program."""
+    try:
+        runpy.run_path(path, run_name="__main__")
+    except SystemExit as leave:
+        return leave.code if isinstance(leave.code, int) else int(leave.code is not None)
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+        return 1
+    return 0
 
 
 @contextlib.contextmanager
@@ -156,6 +183,8 @@ def _redirected(out: IO[bytes], err: IO[bytes]) -> Iterator[None]:
     try:
         yield
     finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
         sys.stdout, sys.stderr = streams
         os.dup2(kept[0], 1)
         os.dup2(kept[1], 2)

@@ -43,7 +43,8 @@ from megamoe.common import env
 
 Result = TypeVar("Result")
 
-_PRELOAD = ["torch", "torch.distributed", "deepspeed"]
+# The compiler, although nothing is compiled: building an optimizer or an engine imports it, 4 seconds on every rank.
+_PRELOAD = ["torch", "torch.distributed", "deepspeed", "torch._dynamo", "torch._inductor.compile_fx"]
 _HOST = "127.0.0.1"
 # How long the others may still report after the first failure, so that the cause can be told from its
 # victims.

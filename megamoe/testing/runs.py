@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from megamoe.data.prepare import prepare
 from megamoe.testing.configs import tiny_config
@@ -38,3 +42,36 @@ def prepared_run(folder: Path, *overrides: str) -> tuple[str, ...]:
     )
     prepare(tiny_config(*values).data)
     return values
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run as a test starts it: the words after `launch/pretrain.py`, and the run folder that they name."""
+
+    words: tuple[str, ...]
+    folder: Path
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of its checkpoints."""
+        return self.folder / "checkpoints"
+
+    def elsewhere(self, folder: Path, *more: str) -> Run:
+        """The same run with another output folder, and more words."""
+        return Run((*self.words, f"training.output_dir={folder}", *more), folder)
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl; none before the first one was written."""
+        path = self.folder / "metrics.jsonl"
+        # The last line may be on its way to the file.
+        return [json.loads(line) for line in path.read_text().split("\n")[:-1]] if path.exists() else []
+
+    def content(self) -> dict[str, str]:
+        """Digest of every file that a user would miss: all but the logs."""
+        files = [path for path in sorted(self.folder.rglob("*")) if path.is_file()]
+        names = {path: path.relative_to(self.folder) for path in files}
+        return {
+            str(name): hashlib.sha256(path.read_bytes()).hexdigest()
+            for path, name in names.items()
+            if name.parts[0] != "logs"
+        }

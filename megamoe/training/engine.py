@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -54,6 +55,8 @@ class Engine:
             config=deepspeed_config(config, groups.topology.world_size),
             dist_init_required=False,
         )
+        # The engine writes curves of its own over samples; Weights & Biases then refuses ours, which are over steps.
+        self._monitor, self._engine.monitor = self._engine.monitor, SimpleNamespace(enabled=False)
         self._check_moe_seen(model)
 
     @property
@@ -100,8 +103,8 @@ class Engine:
 
     def write_events(self, events: list[tuple[str, float, int]]) -> None:
         """Pass (name, value, step) to DeepSpeed's monitors, on rank 0 and where one is enabled."""
-        if self._engine.monitor.enabled and self.groups.rank == 0:
-            self._engine.monitor.write_events(events)
+        if self._monitor.enabled and self.groups.rank == 0:
+            self._monitor.write_events(events)
 
     def full_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Every parameter of this rank in full precision, gathered over ZeRO shards one at a time.
@@ -129,8 +132,13 @@ class Engine:
                 yield name, safe_get_full_grad(parameter)
 
     def save(self, folder: Path, tag: str) -> None:
-        """Write DeepSpeed's checkpoint, weights and optimizer state, for the same layout. Collective."""
-        self._engine.save_checkpoint(str(folder), tag=tag, save_latest=False)
+        """Write DeepSpeed's checkpoint, weights and optimizer state, for the same layout. Collective.
+
+        Raises:
+            OSError, RuntimeError: this rank could not write. Raised after the last collective, so no other one waits.
+        """
+        with _failing_at_the_end(self._engine):
+            self._engine.save_checkpoint(str(folder), tag=tag, save_latest=False)
 
     def load(self, folder: Path, tag: str) -> None:
         """Read what `save` wrote. Collective.
@@ -162,6 +170,42 @@ class Engine:
                 expected="an engine that reduces expert gradients over the expert-data-parallel group",
                 todo="install the deepspeed version of docker/constraints.txt; training on would average all experts",
             )
+
+
+@contextlib.contextmanager
+def _failing_at_the_end(engine: Any) -> Iterator[None]:
+    """Let DeepSpeed go through all of a save's collectives although a file could not be written; then raise."""
+    writer = engine.checkpoint_engine
+    failures: list[Exception] = []
+
+    def kept(write: Callable[..., Any]) -> Callable[..., None]:
+        def attempt(*args: Any, **kwargs: Any) -> None:
+            try:
+                if not failures:
+                    write(*args, **kwargs)
+            except (OSError, RuntimeError) as error:
+                failures.append(error)
+
+        return attempt
+
+    # Its scripts that gather ZeRO shards are left out: a checkpoint has the gathered weights beside them.
+    replaced = {"save": kept(writer.save), "makedirs": kept(writer.makedirs)}
+    with _attributes(writer, replaced), _attributes(engine, {"_copy_recovery_script": lambda folder: None}):
+        yield
+    if failures:
+        raise failures[0]
+
+
+@contextlib.contextmanager
+def _attributes(target: Any, values: dict[str, Any]) -> Iterator[None]:
+    """Lay `values` over an object's methods for the duration."""
+    for name, value in values.items():
+        setattr(target, name, value)
+    try:
+        yield
+    finally:
+        for name in values:
+            delattr(target, name)
 
 
 def check_version(installed: str) -> None:

@@ -25,7 +25,8 @@ from megamoe.training.checkpoint.save import save_checkpoint, topology_of
 from megamoe.training.engine import Engine
 from megamoe.training.interrupt import catch_signals
 from megamoe.training.loop import Loop
-from megamoe.training.run_folder import MetricsFile, open_run_folder
+from megamoe.training.monitors import monitors
+from megamoe.training.run_folder import MetricsFile, open_run_folder, write_config
 from megamoe.training.setup import Runtime, distributed
 from megamoe.training.state import TrainState
 
@@ -39,13 +40,15 @@ def pretrain(config: RunConfig, world_size: int) -> TrainState:
     """
     check_world_size(config, world_size)
     manifest = check_prepared(config.data)
-    with distributed(config.parallel, config.training.timeout_minutes) as runtime, ExitStack() as stack:
+    with ExitStack() as stack, distributed(config.parallel, config.training.timeout_minutes) as runtime:
         random_state.seed_all(config.training.seed, runtime.rank)
         folder = _open(config, runtime)
         vocab_size = derive.vocab_size(config, manifest.vocab_size)
         train_data, validation_data = collectives.together(lambda: _open_data(config, manifest))
         shape = architecture(config, vocab_size)
         resume = _find_checkpoint(config, manifest, shape)
+        collectives.together(lambda: write_config(config) if runtime.rank == 0 else None)
+        stack.enter_context(monitors(config.training.monitor, folder / "logs"))
         engine = build_engine(config, runtime, vocab_size)
         state = TrainState() if resume is None else load_checkpoint(engine, *resume)
         if resume is not None:
@@ -99,6 +102,7 @@ def _find_checkpoint(config: RunConfig, data: Manifest, shape: dict[str, Any]) -
     def checked() -> folders.Manifest:
         manifest = folders.read_manifest(folder)
         check(folder, manifest, shape, topology_of(config), data.tokenizer_digest)
+        folders.verify(folder, manifest, collectives.rank(), collectives.world_size())
         return manifest
 
     return folder, collectives.together(checked)

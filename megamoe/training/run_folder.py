@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +16,34 @@ from megamoe.config.run import RunConfig
 
 
 def open_run_folder(config: RunConfig) -> Path:
-    """Make the folder and write the resolved configuration. Rank 0 does this.
+    """Make the folder, or find it. Rank 0 does this.
 
     Raises:
         ConfigError: the folder cannot be written.
     """
     folder = Path(config.training.output_dir)
-    try:
+    with _writing(folder):
         (folder / "logs").mkdir(parents=True, exist_ok=True)
         (folder / "checkpoints").mkdir(exist_ok=True)
+    return folder
+
+
+def write_config(config: RunConfig) -> None:
+    """Write the resolved configuration. Rank 0 does this, once nothing speaks against the start any more: a start that
+    is refused leaves the configuration of the run that is there.
+
+    Raises:
+        ConfigError: the folder cannot be written.
+    """
+    folder = Path(config.training.output_dir)
+    with _writing(folder):
         write_json(folder / "config.json", dump_config(config))
+
+
+@contextlib.contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise ConfigError(
             "The run folder cannot be written.",
@@ -30,7 +51,6 @@ def open_run_folder(config: RunConfig) -> Path:
             expected="a folder that can be made and written",
             todo="free some space, or choose another training.output_dir",
         ) from error
-    return folder
 
 
 def write_json(path: Path, values: Any) -> None:
@@ -44,24 +64,32 @@ def write_json(path: Path, values: Any) -> None:
 
 
 class MetricsFile:
-    """metrics.jsonl: one JSON object per line, one line per logged step, flushed at once.
+    """metrics.jsonl: one JSON object per line, one line per logged step, there at once.
 
     A resumed run first drops the lines after its checkpoint's step, which it is about to write again.
     """
 
     def __init__(self, folder: Path, resumed_step: int) -> None:
-        path = folder / "metrics.jsonl"
-        if path.exists():
-            lines = [line for line in path.read_text().splitlines() if _step_of(line) <= resumed_step]
-            partial = path.with_name(".metrics.jsonl.partial")
-            partial.write_text("".join(f"{line}\n" for line in lines))
-            partial.replace(path)
-        self._file = path.open("a")
+        self._folder, path = folder, folder / "metrics.jsonl"
+        with _writing(folder):
+            if path.exists():
+                lines = [line for line in path.read_text().splitlines() if _step_of(line) <= resumed_step]
+                partial = path.with_name(".metrics.jsonl.partial")
+                partial.write_text("".join(f"{line}\n" for line in lines))
+                partial.replace(path)
+            # Unbuffered: nothing that could not be written is kept back to fail once more on closing.
+            self._file = path.open("ab", buffering=0)
 
     def write(self, values: dict[str, Any]) -> None:
-        """Append one line."""
-        self._file.write(json.dumps(values) + "\n")
-        self._file.flush()
+        """Append one line.
+
+        Raises:
+            ConfigError: the folder cannot be written.
+        """
+        line = f"{json.dumps(values)}\n".encode()
+        with _writing(self._folder):
+            if self._file.write(line) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def close(self) -> None:
         self._file.close()

@@ -11,10 +11,13 @@ import torch
 import torch.distributed as dist
 
 from megamoe.common import env
-from megamoe.common.errors import TopologyError
+from megamoe.common.errors import LostPeerError, TopologyError
 from megamoe.config.parallel import ParallelConfig
 from megamoe.parallel.groups import Groups, build_groups
 from megamoe.parallel.topology import Topology
+
+# What gloo says when a peer is gone or late; it has no exception type of its own.
+_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting", "Socket closed")
 
 
 @dataclass(frozen=True)
@@ -45,10 +48,29 @@ def distributed(parallel: ParallelConfig, timeout_minutes: float) -> Iterator[Ru
     """
     topology = topology_of(parallel, env.world_size())
     device = _device()
-    _join(device, timedelta(minutes=timeout_minutes))
-    yield Runtime(dist.get_rank(), dist.get_world_size(), device, build_groups(topology))
+    timeout = timedelta(minutes=timeout_minutes)
+    _join(device, timeout)
+    with _naming_lost_peers():
+        yield Runtime(dist.get_rank(), dist.get_world_size(), device, build_groups(topology, timeout))
     # Not after a failure: a peer may be gone then, and leaving in good order would wait for it.
     dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def _naming_lost_peers() -> Iterator[None]:
+    """Give the failure of a collective, which is another rank's failure, as one clear error."""
+    try:
+        yield
+    except RuntimeError as error:
+        text = str(error)
+        if not isinstance(error, dist.DistError) and not any(sign in text for sign in _LOST):
+            raise
+        raise LostPeerError(
+            "The connection to another rank broke, or it did not answer in time.",
+            got=text.splitlines()[0],
+            expected="all ranks running, each collective within training.timeout_minutes",
+            todo="look for the first error of the other ranks; a rank killed by the system (memory) leaves none",
+        ) from error
 
 
 def _join(device: torch.device, timeout: timedelta) -> None:
@@ -80,7 +102,8 @@ def _join(device: torch.device, timeout: timedelta) -> None:
 
 
 def _device() -> torch.device:
-    if torch.cuda.is_available():
+    # DeepSpeed's own switch decides for both, else model and engine would be on different devices.
+    if torch.cuda.is_available() and env.get("DS_ACCELERATOR") != "cpu":
         device = torch.device("cuda", env.local_rank() % torch.cuda.device_count())
         torch.cuda.set_device(device)
         return device

@@ -16,16 +16,28 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+from typing_extensions import TypedDict  # pydantic takes typing's own from Python 3.12 on
 
 from megamoe.common.errors import CheckpointError
 
 FORMAT = 1
 MANIFEST = "manifest.json"
 _PREFIX, _INCOMPLETE = "step_", ".incomplete-"
+_NAME = re.compile(rf"{_PREFIX}(\d+)")
+
+
+class FileEntry(TypedDict):
+    """What a file held when it was written."""
+
+    bytes: int
+    sha256: str
 
 
 @dataclass(frozen=True)
@@ -38,8 +50,8 @@ class Manifest:
     architecture: dict[str, Any]
     topology: dict[str, Any]
     tokenizer_digest: str
-    files: dict[str, dict[str, Any]]
-    """Relative path to {"bytes": size, "sha256": digest}."""
+    files: dict[str, FileEntry]
+    """By path relative to the checkpoint's folder."""
     format: int = FORMAT
 
 
@@ -60,8 +72,8 @@ def incomplete_path(output_dir: str | Path, step: int) -> Path:
 
 def complete(output_dir: str | Path) -> list[Path]:
     """Complete checkpoints, oldest first. Others are invisible."""
-    folders = [p for p in root(output_dir).glob(f"{_PREFIX}*") if (p / MANIFEST).is_file()]
-    return sorted(folders, key=lambda p: int(p.name.removeprefix(_PREFIX)))
+    folders = [p for p in root(output_dir).glob(f"{_PREFIX}*") if _step_of(p) is not None and (p / MANIFEST).is_file()]
+    return sorted(folders, key=lambda p: _step_of(p) or 0)
 
 
 def clear_incomplete(output_dir: str | Path) -> None:
@@ -70,7 +82,7 @@ def clear_incomplete(output_dir: str | Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def digests(folder: Path, share: int = 0, shares: int = 1) -> dict[str, dict[str, Any]]:
+def digests(folder: Path, share: int = 0, shares: int = 1) -> dict[str, FileEntry]:
     """Size and digest of every file below `folder`, or of one share of them (for several ranks side by side)."""
     files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
     return {str(p.relative_to(folder)): _describe(p) for p in files[share::shares]}
@@ -93,8 +105,7 @@ def publish(folder: Path, manifest: Manifest) -> Path:
 def retain(output_dir: str | Path, keep: int, keep_every: int) -> None:
     """Delete all but the newest `keep` checkpoints and those whose step is a multiple of `keep_every` (0: none)."""
     for folder in complete(output_dir)[:-keep]:
-        step = int(folder.name.removeprefix(_PREFIX))
-        if keep_every == 0 or step % keep_every:
+        if keep_every == 0 or (_step_of(folder) or 0) % keep_every:
             shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -105,18 +116,27 @@ def read_manifest(folder: Path) -> Manifest:
         CheckpointError: there is none, or it cannot be read.
     """
     try:
-        values = json.loads((folder / MANIFEST).read_text())
-        manifest = Manifest(**values)
+        manifest = _parse(folder)
     except FileNotFoundError as error:
         raise CheckpointError(
             f"{folder} is not a complete checkpoint",
             got="no manifest.json in it" if folder.exists() else "no such folder",
             expected="a folder such as <output_dir>/checkpoints/step_00000100",
+            todo="correct the path",
         ) from error
-    except (OSError, ValueError, TypeError) as error:
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise damaged(folder, f"manifest.json cannot be read: {where} {first['msg']}") from error
+    except OSError as error:
         raise damaged(folder, f"manifest.json cannot be read: {error}") from error
     if manifest.format != FORMAT:
-        raise CheckpointError(f"{folder} has another format", got=str(manifest.format), expected=str(FORMAT))
+        raise CheckpointError(
+            f"{folder} has another format",
+            got=f"format {manifest.format}",
+            expected=f"format {FORMAT}",
+            todo="use the version of megamoe that wrote it",
+        )
     return manifest
 
 
@@ -139,15 +159,36 @@ def verify(folder: Path, manifest: Manifest, share: int = 0, shares: int = 1) ->
 
 def damaged(folder: Path, what: str) -> CheckpointError:
     """The error for a damaged checkpoint, with the way back to the previous one."""
-    before = [p for p in complete(folder.parent.parent) if p.name < folder.name]
+    step = _step_of(folder)
+    before = [p for p in complete(folder.parent.parent) if step is not None and (_step_of(p) or 0) < step]
+    sound = next((p for p in reversed(before) if _all_there(p)), None)
     todo = (
-        f"resume from the previous complete one: training.checkpoint.resume={before[-1]}"
-        if before
-        else ("there is no older checkpoint; move this one away to start again")
+        f"go on from the previous complete one: training.checkpoint.resume={sound} (evaluate, generate: --checkpoint)"
+        if sound
+        else "there is no older checkpoint that is complete; move this one away to start again"
     )
     return CheckpointError(f"checkpoint {folder} is damaged", got=what, expected="files as written", todo=todo)
 
 
-def _describe(path: Path) -> dict[str, Any]:
+def _step_of(folder: Path) -> int | None:
+    """The step in a folder's name; None where a person gave it another name, to set it aside."""
+    found = _NAME.fullmatch(folder.name)
+    return int(found[1]) if found else None
+
+
+def _all_there(folder: Path) -> bool:
+    """Whether the manifest can be read and every file has its size."""
+    try:
+        files = _parse(folder).files
+        return all((folder / name).stat().st_size == entry["bytes"] for name, entry in files.items())
+    except (OSError, ValidationError):
+        return False
+
+
+def _parse(folder: Path) -> Manifest:
+    return TypeAdapter(Manifest).validate_json((folder / MANIFEST).read_bytes(), strict=True)
+
+
+def _describe(path: Path) -> FileEntry:
     with path.open("rb") as file:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}

@@ -80,12 +80,11 @@ def check(
 
 
 def load_checkpoint(engine: Engine, folder: Path, manifest: folders.Manifest) -> TrainState:
-    """Verify the files and restore weights, optimizer, statistics and random streams. Collective."""
-    share, shares = collectives.rank(), collectives.world_size()
-    collectives.together(lambda: folders.verify(folder, manifest, share, shares))
+    """Restore weights, optimizer, statistics and random streams from files that were verified. Collective."""
     try:
         engine.load(folder / "engine", ENGINE_TAG)
-        random_state.set_states(torch.load(folder / "ranks" / f"rank_{share:05d}.pt", weights_only=True))
+        name = f"rank_{collectives.rank():05d}.pt"
+        random_state.set_states(torch.load(folder / "ranks" / name, weights_only=True))
     except (OSError, RuntimeError, ValueError, KeyError) as error:
         raise folders.damaged(folder, str(error)) from error
     return TrainState(manifest.step, manifest.consumed_samples, manifest.consumed_tokens)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from megamoe.common.errors import CheckpointError
+from megamoe.common.errors import CheckpointError, MegamoeError
 from megamoe.config import derive
 from megamoe.config.load import dump_config
 from megamoe.config.run import RunConfig
@@ -38,22 +40,20 @@ def save_checkpoint(
         CheckpointError: it could not be written (no space, no permission); earlier checkpoints are untouched.
     """
     target = folders.incomplete_path(config.training.output_dir, state.step)
-    collectives.together(lambda: _prepare(target, config, architecture["model.vocab_size"]))
     try:
-        _write(engine, target, config, tokenizer)
-    except (OSError, RuntimeError) as error:
-        raise _cannot_write(target, str(error)) from error
-    collectives.barrier()
-    parts = collectives.gather_objects(collectives.together(lambda: _digests(target)))
-    files = {name: entry for part in parts for name, entry in part.items()}
-    manifest = folders.Manifest(
-        **asdict(state),
-        architecture=architecture,
-        topology=topology_of(config),
-        tokenizer_digest=digest,
-        files=files,
-    )
-    return collectives.together(lambda: _publish(target, manifest, config))
+        collectives.together(lambda: _prepare(target, config, architecture["model.vocab_size"]))
+        manifest = folders.Manifest(
+            **asdict(state),
+            architecture=architecture,
+            topology=topology_of(config),
+            tokenizer_digest=digest,
+            files=_write(engine, target, config, tokenizer),
+        )
+        return collectives.together(lambda: _publish(target, manifest, config))
+    except MegamoeError:  # agreed on, so no rank is writing any more
+        if collectives.rank() == 0:
+            folders.clear_incomplete(config.training.output_dir)
+        raise
 
 
 def topology_of(config: RunConfig) -> dict[str, Any]:
@@ -79,8 +79,7 @@ def _prepare(target: Path, config: RunConfig, vocab_size: int) -> None:
         raise _cannot_write(target, str(error)) from error
     needed = _estimate_bytes(config, vocab_size)
     if free < needed:
-        folders.clear_incomplete(config.training.output_dir)
-        raise _cannot_write(target, f"{free / 1e6:.0f} MB free, about {needed / 1e6:.0f} MB needed")
+        raise _cannot_write(target, f"{free / 1e6:,.1f} MB free, about {needed / 1e6:,.1f} MB needed")
 
 
 def _estimate_bytes(config: RunConfig, vocab_size: int) -> int:
@@ -89,7 +88,29 @@ def _estimate_bytes(config: RunConfig, vocab_size: int) -> int:
     return total * (4 + (4 if config.training.precision == "fp32" else 2) + 12)
 
 
-def _write(engine: Engine, target: Path, config: RunConfig, tokenizer: Path) -> None:
+def _write(engine: Engine, target: Path, config: RunConfig, tokenizer: Path) -> dict[str, folders.FileEntry]:
+    """Write everything but the manifest; what was written, on every rank."""
+    # One agreement per part: a rank that cannot write has passed the part's collectives when it says so.
+    for part in (_write_weights, _write_engine, _write_rest):
+        collectives.together(partial(_attempt, part, engine, target, config, tokenizer))
+    shares = collectives.gather_objects(collectives.together(lambda: _digests(target)))
+    return {name: entry for share in shares for name, entry in share.items()}
+
+
+_Part = Callable[[Engine, Path, RunConfig, Path], None]
+
+
+def _attempt(part: _Part, engine: Engine, target: Path, config: RunConfig, tokenizer: Path) -> None:
+    try:
+        part(engine, target, config, tokenizer)
+    except OSError as error:
+        raise _cannot_write(target, str(error)) from error
+    except RuntimeError as error:  # torch's writer gives no other type, and no reason
+        free = shutil.disk_usage(target).free
+        raise _cannot_write(target, f"{free / 1e6:,.1f} MB free; torch says: {str(error).splitlines()[0]}") from error
+
+
+def _write_weights(engine: Engine, target: Path, config: RunConfig, tokenizer: Path) -> None:
     groups = engine.groups
     save_weights(
         target,
@@ -98,16 +119,22 @@ def _write(engine: Engine, target: Path, config: RunConfig, tokenizer: Path) -> 
         dense=groups.rank == 0,
         experts=groups.edp.place == 0,
     )
+
+
+def _write_engine(engine: Engine, target: Path, config: RunConfig, tokenizer: Path) -> None:
     engine.save(target / "engine", ENGINE_TAG)
-    ranks = target / "ranks"
+
+
+def _write_rest(engine: Engine, target: Path, config: RunConfig, tokenizer: Path) -> None:
+    rank, ranks = engine.groups.rank, target / "ranks"
     ranks.mkdir(exist_ok=True)
-    torch.save(random_state.get_states(), ranks / f"rank_{groups.rank:05d}.pt")
-    if groups.rank == 0:
+    torch.save(random_state.get_states(), ranks / f"rank_{rank:05d}.pt")
+    if rank == 0:
         write_json(target / "config.json", dump_config(config))
         shutil.copyfile(tokenizer, target / "tokenizer.model")
 
 
-def _digests(target: Path) -> dict[str, dict[str, Any]]:
+def _digests(target: Path) -> dict[str, folders.FileEntry]:
     """This rank's share of the files; every rank has finished writing when it is called."""
     try:
         return folders.digests(target, collectives.rank(), collectives.world_size())

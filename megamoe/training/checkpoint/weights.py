@@ -29,13 +29,13 @@ def save_weights(
         dense: whether this rank writes what is equal on all ranks.
         experts: whether this rank writes its experts (one rank of those that hold the same ones).
     """
-    (folder / FOLDER).mkdir(parents=True, exist_ok=True)
     prefixes = _expert_prefixes(model)
     mine: dict[bool, dict[str, Tensor]] = {False: {}, True: {}}
     for name, tensor in weights:
         is_expert = name.rpartition(".")[0] in prefixes
         if experts if is_expert else dense:
             mine[is_expert][name] = tensor.detach().float().cpu().clone()
+    (folder / FOLDER).mkdir(parents=True, exist_ok=True)
     if dense:
         statistics = {name: buffer.cpu() for name, buffer in model.state_dict().items() if _is_buffer(model, name)}
         torch.save(mine[False] | statistics, folder / FOLDER / "dense.pt")

@@ -1,13 +1,15 @@
 """The run folder, files that are written whole, and metrics.jsonl across a resume."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from megamoe.common.errors import ConfigError
 from megamoe.config.load import load_config
-from megamoe.training.run_folder import MetricsFile, open_run_folder, write_json
+from megamoe.config.run import RunConfig
+from megamoe.training.run_folder import MetricsFile, open_run_folder, write_config, write_json
 
 
 def lines(folder: Path) -> list[dict[str, object]]:
@@ -24,15 +26,18 @@ def written(folder: Path, resumed_step: int, *steps: int) -> None:
 def test_the_folder_holds_a_configuration_that_loads_again(tmp_path: Path) -> None:
     config = load_config([], [f"training.output_dir={tmp_path}/a/b", "moe.router.type=resonance"])
     folder = open_run_folder(config)
+    assert sorted(path.name for path in folder.iterdir()) == ["checkpoints", "logs"]
+    write_config(config)
     assert sorted(path.name for path in folder.iterdir()) == ["checkpoints", "config.json", "logs"]
     assert load_config([folder / "config.json"]) == config
     assert open_run_folder(config) == folder, "a second start finds it in place"
 
 
-def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
+@pytest.mark.parametrize("make", [open_run_folder, write_config])
+def test_a_folder_that_cannot_be_made(tmp_path: Path, make: Callable[[RunConfig], object]) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError) as refusal:
-        open_run_folder(load_config([], [f"training.output_dir={tmp_path}/file/run"]))
+        make(load_config([], [f"training.output_dir={tmp_path}/file/run"]))
     assert f"{tmp_path}/file/run" in refusal.value.got
     assert "training.output_dir" in refusal.value.todo
 

@@ -14,9 +14,8 @@ def keep_freed_memory() -> bool:
     """Have freed memory kept in the process for the next tensor, as torch does by itself on GPUs.
 
     By default glibc returns every block above 32 MB to the system at once, and the next one of that size is mapped and
-    zeroed page by page again. Activations and stacked weight gradients are that large, and the same sizes come back in
-    every step: without this, page faults take up to a third of a step of 64 experts. The process keeps the largest
-    amount of memory it ever needed.
+    zeroed page by page again. That is a good part of a pass in fp32, the dense layer's most of all, so a comparison
+    without it says more about arithmetic and less about the allocator.
 
     Returns:
         Whether the C library has these settings; where it has not, nothing changes.
@@ -25,3 +24,8 @@ def keep_freed_memory() -> bool:
     if mallopt is None:
         return False
     return bool(mallopt(_MMAP_MAX, 0)) and bool(mallopt(_TRIM_THRESHOLD, -1))
+
+
+def prepare(keep: bool) -> str:
+    """Set the allocator as asked, and say in words how it is."""
+    return "freed memory is kept" if keep and keep_freed_memory() else "the C library's default"

@@ -1,0 +1,21 @@
+"""Turns are fair, warm-up is not counted, and ratios are those of the same round."""
+
+from megamoe.bench.rounds import Spread, in_turns, ratios, spread
+
+
+def test_contestants_take_turns_and_the_warm_up_is_not_timed() -> None:
+    calls: list[str] = []
+    seconds = in_turns(
+        {"a": lambda: calls.append("a"), "b": lambda: calls.append("b")},
+        rounds=2,
+        warmup=1,
+        between=lambda key: calls.append(f"after {key}"),
+    )
+    assert calls == ["a", "after a", "b", "after b"] * 3
+    assert {key: len(own) for key, own in seconds.items()} == {"a": 2, "b": 2}
+
+
+def test_a_ratio_compares_times_of_one_round() -> None:
+    # The machine was ten times slower in the second round, for both.
+    assert ratios([2.0, 20.0, 3.0], [1.0, 10.0, 1.0]) == Spread(2.0, 2.0, 3.0)
+    assert spread(iter([3.0, 1.0, 2.0])) == Spread(2.0, 1.0, 3.0)
