@@ -32,7 +32,7 @@ def run_main(main: Callable[[], int | None]) -> NoReturn:
         sys.exit(INTERRUPTED)
     except BrokenPipeError:
         # The reader left (`... | head`). What is buffered has nowhere to go, and flushing it would fail once more.
-        sys.stdout = None  # type: ignore[assignment]
+        sys.stdout = None
         sys.exit(1)
 
 

@@ -45,11 +45,14 @@ def test_deepspeed_and_torchrun_give_the_same_bits(launched: dict[Launcher, tupl
 
 
 def test_one_process_trains_the_same_model(launched: dict[Launcher, tuple[Run, Outcome]]) -> None:
+    """To fp32 rounding; AdamW lets it grow from step to step, so later ones are given more of it."""
     two, one = (numbers(launched[name][0]) for name in ("deepspeed", "python"))
     for name in ("loss", "cross_entropy", "balance_loss", "validation_loss"):
-        expected = [line[name] for line in one if name in line]
-        assert expected
-        assert [line[name] for line in two if name in line] == pytest.approx(expected, abs=1e-6), name
+        for steps, tolerance in ((range(1, 6), 1e-6), (range(6, 11), 1e-5)):
+            expected = [line[name] for line in one if name in line and line["step"] in steps]
+            assert expected
+            found = [line[name] for line in two if name in line and line["step"] in steps]
+            assert found == pytest.approx(expected, rel=tolerance), name
     for name in ("step", "consumed_samples", "consumed_tokens", "learning_rate"):
         assert [line.get(name) for line in two] == [line.get(name) for line in one], name
 

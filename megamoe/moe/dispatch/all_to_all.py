@@ -42,9 +42,10 @@ class AllToAllDispatcher(Dispatcher):
         received_PL = torch.empty_like(sent_PL)
         dist.all_to_all_single(received_PL, sent_PL.contiguous(), group=self.group)
         exchange = _Exchange(sent_PL.sum(1).tolist(), received_PL.sum(1).tolist(), expert_order(received_PL))
-        arrived_RD = self._exchange(gather_rows(rows_TD, plan.token_ids_A), exchange)
-        weights_R = self._exchange(plan.weights_A, exchange)
-        handle = DispatchHandle(gather_rows(weights_R, exchange.expert_order_R), plan, rows_TD.shape[0], exchange)
+        sent_AD, splits = gather_rows(rows_TD, plan.token_ids_A), (exchange.send_splits, exchange.receive_splits)
+        arrived_RD, arrived_R = _ExchangeTogether.apply(sent_AD, plan.weights_A, *splits, self.group)
+        weights_R = gather_rows(arrived_R, exchange.expert_order_R)
+        handle = DispatchHandle(weights_R, plan, rows_TD.shape[0], exchange)
         return gather_rows(arrived_RD, exchange.expert_order_R), received_PL.sum(0), handle
 
     def combine(self, rows_RD: Tensor, handle: DispatchHandle) -> Tensor:
@@ -52,9 +53,6 @@ class AllToAllDispatcher(Dispatcher):
         arrival_RD = sum_rows(rows_RD, exchange.expert_order_R, rows_RD.shape[0])
         home_AD = _AllToAll.apply(arrival_RD, exchange.receive_splits, exchange.send_splits, self.group)
         return sum_rows(home_AD, handle.plan.token_ids_A, handle.num_rows)
-
-    def _exchange(self, rows: Tensor, exchange: _Exchange) -> Tensor:
-        return _AllToAll.apply(rows, exchange.send_splits, exchange.receive_splits, self.group)
 
 
 def expert_order(received_PL: Tensor) -> Tensor:
@@ -84,6 +82,41 @@ class _AllToAll(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         return _all_to_all(grads[0], ctx.receive, ctx.send, ctx.group), None, None, None
+
+
+class _ExchangeTogether(torch.autograd.Function):
+    """:class:`_AllToAll` of rows [A, D] and one fp32 value beside each [A], as one message.
+
+    A message costs a meeting of all ranks however small it is, so the values travel as bits in further columns.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, rows: Tensor, values: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup
+    ) -> tuple[Tensor, Tensor]:
+        ctx.send, ctx.receive, ctx.group = send, receive, group
+        return _unpack(_all_to_all(_pack(rows, values), send, receive, group), rows.shape[1], values.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        rows, values = grads
+        returned = _all_to_all(_pack(rows, values), ctx.receive, ctx.send, ctx.group)
+        return *_unpack(returned, rows.shape[1], values.dtype), None, None, None
+
+
+def _pack(rows: Tensor, values: Tensor) -> Tensor:
+    """Rows [A, D] and the bits of a value each in further columns of the rows' dtype."""
+    if rows.dtype.itemsize > values.dtype.itemsize:
+        values = values.to(rows.dtype)  # float64 rows, in tests: wider, so nothing is lost
+    return torch.cat([rows, values.contiguous().view(-1, 1).view(rows.dtype)], dim=1)
+
+
+def _unpack(packed: Tensor, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """What was packed: rows of that width, values of that dtype."""
+    columns = packed[:, width:].flatten()
+    values = columns.to(dtype) if packed.dtype.itemsize > dtype.itemsize else columns.view(dtype)
+    return packed[:, :width], values
 
 
 def _all_to_all(rows: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup) -> Tensor:
