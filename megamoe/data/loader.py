@@ -6,7 +6,8 @@ run, and a run on another number of ranks, reads the same samples in the same or
 One epoch of a source is all its documents in a shuffled order, one after the other, cut into samples of S
 tokens, the samples shuffled again; sample i also holds the first token of sample i+1 as its last label. Each
 epoch has its own order. Tokens that do not fill a last sample are left out of that epoch. The validation
-split keeps the order of the files and is never shuffled.
+split has one fixed order, whatever the run's seed: a validation that reads only its first samples still reads from
+many documents, and always the same.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ from megamoe.data.blend import Blend
 from megamoe.data.indexed import IndexedTokens, Tokens
 from megamoe.data.manifest import Manifest, Split, pair_prefix
 from megamoe.data.shuffle import permute
+
+_VALIDATION_SEED = 0
 
 
 class _Order(NamedTuple):
@@ -104,7 +107,7 @@ class BatchLoader:
     Args:
         config: the `data` section.
         manifest: of `config.prepared_dir`, from `check_prepared`.
-        split: `train` is shuffled by `seed`; `validation` is a fixed list in the order of the files.
+        split: `train` is shuffled by `seed`, `validation` always in the same way.
         seed: of the run.
 
     Attributes:
@@ -123,7 +126,7 @@ class BatchLoader:
                 _open(config, manifest, source.name, split),
                 config.seq_length,
                 source.name,
-                seed if split == "train" else None,
+                seed if split == "train" else _VALIDATION_SEED,
             )
             for source in config.sources
         ]
