@@ -21,6 +21,7 @@ for name, value in {
 TESTS = Path(__file__).parent
 
 
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups in a hook of the same name
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Under pytest-xdist, tests that fill the cores with ranks of their own run in turn, on one worker.
 

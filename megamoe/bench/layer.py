@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from megamoe.bench import allocator
 from megamoe.bench.conditions import conditions
 from megamoe.bench.contestants import CONTESTANTS, DENSE, INSTALL, OURS, Contestant, LayerShape
+from megamoe.bench.quiet import wait_for_quiet
 from megamoe.bench.report import as_table, closing, in_words, target
 from megamoe.bench.rounds import Spread, in_turns, ratios, spread
 from megamoe.testing.ranks import run_ranks
@@ -33,6 +34,7 @@ class LayerSettings:
         experts: numbers of experts E, ascending; the active FLOPs are the same for all.
         contestants: names to measure besides the dense layer; empty: all.
         keep_freed_memory: have the C library keep freed memory (for all contestants) instead of its default.
+        patience: seconds to wait at most, before each round, for a moment when others hardly use the machine.
     """
 
     tokens: int = 4096
@@ -46,6 +48,7 @@ class LayerSettings:
     warmup: int = 2
     contestants: tuple[str, ...] = ()
     keep_freed_memory: bool = False
+    patience: float = 0.0
 
 
 class Entry(NamedTuple):
@@ -65,13 +68,13 @@ def bench_layer(settings: LayerSettings, note: str = "") -> dict[str, Any]:
     where = conditions(note)
     chosen = [c for c in CONTESTANTS if c.name in (DENSE, *settings.contestants) or not settings.contestants]
     present = [contestant.name for contestant in chosen if not contestant.missing()]
-    state, seconds = run_ranks(_measure, 1, settings, present, timeout=TIMEOUT_SECONDS)[0]
+    state, others, seconds = run_ranks(_measure, 1, settings, present, timeout=TIMEOUT_SECONDS)[0]
     results = [row for dtype in settings.dtypes for row in _results(dtype, seconds[dtype])]
     growth = [row for dtype in settings.dtypes for row in _growth(dtype, seconds[dtype], settings)]
     return {
         "benchmark": "layer",
         "settings": asdict(settings),
-        "conditions": where | {"allocator": state},
+        "conditions": where | {"allocator": state, "others_before_rounds": others},
         "results": results,
         "not_installed": [{"contestant": c.name, "install": INSTALL} for c in chosen if c.missing()],
         "growth": growth,
@@ -79,15 +82,21 @@ def bench_layer(settings: LayerSettings, note: str = "") -> dict[str, Any]:
     }
 
 
-def _measure(settings: LayerSettings, names: list[str]) -> tuple[str, dict[str, dict[Entry, list[float]]]]:
-    """In the measuring process: the allocator's state, and the seconds per dtype, contestant and round."""
+def _measure(
+    settings: LayerSettings, names: list[str]
+) -> tuple[str, dict[str, float], dict[str, dict[Entry, list[float]]]]:
+    """In the measuring process: the allocator's state, others' use of the CPUs, and seconds by dtype and contestant."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(settings.threads)
     state = allocator.prepare(settings.keep_freed_memory)
-    return state, {dtype: _measure_dtype(settings, names, dtype) for dtype in settings.dtypes}
+    others: list[float] = []
+    seconds = {dtype: _measure_dtype(settings, names, dtype, others) for dtype in settings.dtypes}
+    return state, spread(others)._asdict(), seconds
 
 
-def _measure_dtype(settings: LayerSettings, names: list[str], dtype: str) -> dict[Entry, list[float]]:
+def _measure_dtype(
+    settings: LayerSettings, names: list[str], dtype: str, others: list[float]
+) -> dict[Entry, list[float]]:
     torch.manual_seed(0)
     rows_TD = torch.randn(settings.tokens, settings.hidden).to(DTYPES[dtype]).requires_grad_()
     grad_TD = torch.randn(settings.tokens, settings.hidden).to(DTYPES[dtype])
@@ -105,8 +114,11 @@ def _measure_dtype(settings: LayerSettings, names: list[str], dtype: str) -> dic
         layers[entry].zero_grad(set_to_none=True)
         rows_TD.grad = None
 
+    def wait() -> None:
+        others.append(wait_for_quiet(settings.patience))
+
     turns = {entry: turn(layer) for entry, layer in layers.items()}
-    return in_turns(turns, settings.rounds, settings.warmup, put_away, f"layer {dtype}")
+    return in_turns(turns, settings.rounds, settings.warmup, wait, put_away, f"layer {dtype}")
 
 
 def _entries(name: str, settings: LayerSettings) -> list[Entry]:

@@ -40,10 +40,12 @@ def closing(report: dict[str, Any]) -> list[str]:
         for t in report["targets"]
     ]
     where = report["conditions"]
+    shares = where["others_before_rounds"]
     versions = ", ".join(f"{name} {version or 'not installed'}" for name, version in where["packages"].items())
     conditions = (
         f"{where['date']}, {where['cpu']} ({', '.join(where['cpu_flags'])}), {where['cpus']} CPUs, load average before "
-        f"{where['load_average'][0]:.1f}, Python {where['python']}, {versions}; allocator: {where['allocator']}."
+        f"{where['load_average'][0]:.1f}, Python {where['python']}, {versions}; allocator: {where['allocator']}; "
+        f"CPUs used by other processes right before a round: {shares['median']:.0%} (at most {shares['max']:.0%})."
     )
     targets = [as_table(("target", "limit", "reached", "holds"), rows)] if rows else []
     return [*targets, conditions, *([where["note"]] if where["note"] else [])]

@@ -24,17 +24,20 @@ def in_turns(
     contestants: Mapping[Key, Callable[[], None]],
     rounds: int,
     warmup: int,
+    before_round: Callable[[], None] = lambda: None,
     between: Callable[[Key], None] = lambda key: None,
     title: str = "",
 ) -> dict[Key, list[float]]:
     """Seconds that each contestant took in each round: A B C A B C ..., after untimed rounds of the same kind.
 
     Args:
+        before_round: called untimed before every round.
         between: called untimed after each turn, to put away what the turn left behind.
         title: of the progress bar, which shows on a terminal only.
     """
     seconds: dict[Key, list[float]] = {key: [] for key in contestants}
     for number in tqdm(range(warmup + rounds), desc=title, unit="round", disable=None, leave=False):
+        before_round()
         for key, run in contestants.items():
             began = time.perf_counter()
             run()

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from megamoe.bench import allocator
 from megamoe.bench.conditions import conditions
 from megamoe.bench.contestants import OURS, LayerShape, deepspeed_moe
+from megamoe.bench.quiet import wait_for_quiet
 from megamoe.bench.report import as_table, closing, in_words, target
 from megamoe.bench.rounds import in_turns, ratios, spread
 from megamoe.common.log import setup_logging
@@ -34,6 +35,8 @@ PEERS = {"deepspeed no drop": False, "deepspeed capacity 1.25": True}
 """Variants of DeepSpeed's layer: whether it drops tokens over the capacity."""
 TIMEOUT_SECONDS = 7200.0
 
+Measured = tuple[str, dict[str, float], dict[str, float], dict[str, list[float]]]
+
 
 @dataclass(frozen=True)
 class TrainSettings:
@@ -44,6 +47,7 @@ class TrainSettings:
     rounds: int = 10
     warmup: int = 1
     keep_freed_memory: bool = False
+    patience: float = 0.0
 
 
 def bench_train(config: RunConfig, settings: TrainSettings, note: str = "") -> dict[str, Any]:
@@ -54,9 +58,9 @@ def bench_train(config: RunConfig, settings: TrainSettings, note: str = "") -> d
         the same round.
     """
     where = conditions(note)
-    state, losses, seconds = run_ranks(_measure, settings.ranks, config, settings, timeout=TIMEOUT_SECONDS, init=False)[
-        0
-    ]
+    state, others, losses, seconds = run_ranks(
+        _measure, settings.ranks, config, settings, timeout=TIMEOUT_SECONDS, init=False
+    )[0]
     tokens = settings.steps * config.training.global_batch_size * config.data.seq_length
     speed = {name: [tokens / second for second in own] for name, own in seconds.items()}
     results: list[dict[str, Any]] = [
@@ -72,7 +76,7 @@ def bench_train(config: RunConfig, settings: TrainSettings, note: str = "") -> d
         "benchmark": "train",
         "settings": asdict(settings),
         "config": dump_config(config),
-        "conditions": where | {"allocator": state},
+        "conditions": where | {"allocator": state, "others_before_rounds": others},
         "results": results,
         "targets": [
             target(f"tokens/s of megamoe over {r['contestant']}", 1.0, r["megamoe_over_this"]["median"], at_least=True)
@@ -82,8 +86,8 @@ def bench_train(config: RunConfig, settings: TrainSettings, note: str = "") -> d
     }
 
 
-def _measure(config: RunConfig, settings: TrainSettings) -> tuple[str, dict[str, float], dict[str, list[float]]]:
-    """On every rank: the allocator's state, each contestant's last loss, and its seconds per round."""
+def _measure(config: RunConfig, settings: TrainSettings) -> Measured:
+    """On every rank: the allocator's state, others' use of the CPUs, last losses, and seconds per round."""
     warnings.simplefilter("ignore")
     setup_logging()
     state = allocator.prepare(settings.keep_freed_memory)
@@ -94,10 +98,17 @@ def _measure(config: RunConfig, settings: TrainSettings) -> tuple[str, dict[str,
         def turn(trainee: Trainee) -> Callable[[], None]:
             return lambda: trainee.train(settings.steps)
 
+        others: list[float] = []
+
+        def wait() -> None:
+            if runtime.rank == 0:
+                others.append(wait_for_quiet(settings.patience))
+            barrier()
+
         turns = {name: turn(trainee) for name, trainee in trainees.items()}
-        seconds = in_turns(turns, settings.rounds, settings.warmup, title="train")
+        seconds = in_turns(turns, settings.rounds, settings.warmup, wait, title="train")
     losses = {name: trainee.loss for name, trainee in trainees.items()}
-    return state, losses, seconds
+    return state, spread(others or [0.0])._asdict(), losses, seconds
 
 
 class Trainee:

@@ -41,6 +41,13 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         kind.add_argument(
             "--keep-freed-memory", action="store_true", help="let the C library keep freed memory, for all contestants"
         )
+        kind.add_argument(
+            "--patience",
+            type=float,
+            default=0.0,
+            metavar="SECONDS",
+            help="wait at most so long, before each round, until other processes use less than a tenth of the CPUs",
+        )
         kind.add_argument("--note", default="", help="a remark on the conditions, kept in the report")
 
 
@@ -69,6 +76,7 @@ def _layer(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         rounds=args.repeats,
         contestants=_names(args.only),
         keep_freed_memory=args.keep_freed_memory,
+        patience=args.patience,
     )
     report = bench_layer(settings, args.note)
     return report, markdown(report)
@@ -82,9 +90,14 @@ def _train(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
     config = load_config(*split(args.config))
     check_world_size(config, args.ranks)
-    report = bench_train(
-        config, TrainSettings(args.ranks, args.steps, args.repeats, keep_freed_memory=args.keep_freed_memory), args.note
+    settings = TrainSettings(
+        ranks=args.ranks,
+        steps=args.steps,
+        rounds=args.repeats,
+        keep_freed_memory=args.keep_freed_memory,
+        patience=args.patience,
     )
+    report = bench_train(config, settings, args.note)
     return report, markdown(report)
 
 

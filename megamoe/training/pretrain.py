@@ -23,7 +23,7 @@ from megamoe.training.checkpoint import folder as folders
 from megamoe.training.checkpoint.load import check, find, load_checkpoint
 from megamoe.training.checkpoint.save import save_checkpoint, topology_of
 from megamoe.training.engine import Engine
-from megamoe.training.interrupt import catch_signals
+from megamoe.training.interrupt import catch_signals, leave_at_once
 from megamoe.training.loop import Loop
 from megamoe.training.monitors import monitors
 from megamoe.training.run_folder import MetricsFile, open_run_folder, write_config
@@ -40,7 +40,11 @@ def pretrain(config: RunConfig, world_size: int) -> TrainState:
     """
     check_world_size(config, world_size)
     manifest = check_prepared(config.data)
-    with ExitStack() as stack, distributed(config.parallel, config.training.timeout_minutes) as runtime:
+    with (
+        ExitStack() as stack,
+        leave_at_once(),
+        distributed(config.parallel, config.training.timeout_minutes) as runtime,
+    ):
         random_state.seed_all(config.training.seed, runtime.rank)
         folder = _open(config, runtime)
         vocab_size = derive.vocab_size(config, manifest.vocab_size)
