@@ -8,7 +8,7 @@ reported as what it is.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -27,10 +27,12 @@ from megamoe.testing.tolerance import max_rel_error
 from megamoe.training.loop import update_statistics
 from megamoe.training.metrics import Accumulator
 from megamoe.training.pretrain import build_engine
+from megamoe.training.schedule import lr_factor
 from megamoe.training.setup import Runtime, topology_of
 
 Place = tuple[int, int, str]
 """(step, global micro-batch, router): where a routing decision was made."""
+Batches = Callable[[RunConfig, int, int], tuple[Tensor, Tensor]]
 
 
 @dataclass
@@ -60,8 +62,20 @@ class Tolerance:
     weight: float = 5e-5
 
 
-def train_steps(config: RunConfig, steps: int) -> ParityRun:
-    """Train on random tokens that depend on the global micro-batch only. Collective over the default group."""
+def random_tokens(config: RunConfig, step: int, micro_batch: int) -> tuple[Tensor, Tensor]:
+    """Tokens and labels [B, S] that depend on the seed, the step and the global micro-batch only."""
+    generator = torch.Generator().manual_seed(stream_seed(config.training.seed, "parity", step, micro_batch))
+    shape = (config.training.micro_batch_size, config.data.seq_length + 1)
+    samples = torch.randint(0, derive.vocab_size(config), shape, generator=generator)
+    return samples[:, :-1], samples[:, 1:]
+
+
+def train_steps(config: RunConfig, steps: int, batches: Batches = random_tokens) -> ParityRun:
+    """Train with the configuration's schedule. Collective over the default group.
+
+    Args:
+        batches: (config, step, global micro-batch) to tokens and labels [B, S]; the same on every layout.
+    """
     world_size = collectives.world_size()
     groups = build_groups(topology_of(config.parallel, world_size))
     runtime = Runtime(collectives.rank(), world_size, torch.device("cpu"), groups)
@@ -72,11 +86,12 @@ def train_steps(config: RunConfig, steps: int) -> ParityRun:
         for micro_step in range(micro_steps):
             micro_batch = micro_step * groups.dp.size + groups.dp.place
             with _recording(engine.model, run, step, micro_batch):
-                inputs = _tokens(config, step, micro_batch)
+                inputs = batches(config, step, micro_batch)
                 accumulator.add(engine.micro_step(*inputs, last=micro_step == micro_steps - 1))
         if step == 0:
             run.gradients = _global(engine.full_gradients(), groups)
-        run.norms.append(engine.optimizer_step(1.0))
+        factor = lr_factor(config.training.schedule, step + 1, config.training.steps)
+        run.norms.append(engine.optimizer_step(factor))
         result = accumulator.reduce(groups.dp.handle)
         update_statistics(engine, result)
         run.losses.append(float(result.values["cross_entropy"]))
@@ -152,13 +167,6 @@ def _recording(model: Decoder, run: ParityRun, step: int, micro_batch: int) -> I
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _tokens(config: RunConfig, step: int, micro_batch: int) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(stream_seed(config.training.seed, "parity", step, micro_batch))
-    shape = (config.training.micro_batch_size, config.data.seq_length + 1)
-    samples = torch.randint(0, derive.vocab_size(config), shape, generator=generator)
-    return samples[:, :-1], samples[:, 1:]
 
 
 def _global(tensors: Iterator[tuple[str, Tensor]], groups: Groups) -> dict[str, Tensor]:

@@ -20,6 +20,7 @@ from megamoe.ops import memory
 from megamoe.testing import parity
 from megamoe.testing.configs import tiny_config
 from megamoe.testing.ranks import run_ranks
+from megamoe.training.schedule import lr_factor
 
 STEPS = 10
 ROUTERS = {
@@ -61,8 +62,9 @@ def plain_torch_step(overrides: tuple[str, ...]) -> tuple[float, float, dict[str
         {"params": decay, "weight_decay": settings.weight_decay},
         {"params": others, "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps)
-    outputs = [model(*parity._tokens(config, 0, m)) for m in range(4)]
+    lr = settings.lr * lr_factor(config.training.schedule, 1, config.training.steps)
+    optimizer = torch.optim.AdamW(groups, lr=lr, betas=settings.betas, eps=settings.eps)
+    outputs = [model(*parity.random_tokens(config, 0, m)) for m in range(4)]
     torch.stack([o.loss for o in outputs]).mean().backward()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.training.gradient_clipping)
     assert norm > config.training.gradient_clipping, "clipping has to be active for this test to mean something"
