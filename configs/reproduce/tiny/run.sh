@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The tiny recipe with both routers, on two ranks (EP 2) and on one, each for its default number of steps; then a table
-# and a plot of the four runs. About 8 minutes on 2 cores, after `bash launch/quickstart.sh` has prepared the data.
+# and a plot of the four runs. About 6 minutes on 2 cores, after `bash launch/quickstart.sh` has prepared the data.
 #
 #   bash configs/reproduce/tiny/run.sh [folder for the runs, default runs/reproduce_tiny]
 set -euo pipefail
