@@ -23,19 +23,12 @@ from typing import IO, Literal
 
 from megamoe.common import env, main
 from megamoe.common.errors import EXIT_CODE
-from megamoe.testing.ranks import run_ranks
+from megamoe.testing.ranks import CPU_ONLY, run_ranks
 
 Launcher = Literal["python", "deepspeed", "torchrun"]
 
-# The processor only, on one thread per rank, and no network.
-QUIET_MACHINE = {
-    "CUDA_VISIBLE_DEVICES": "",
-    "DS_ACCELERATOR": "cpu",
-    "GLOO_SOCKET_IFNAME": "lo" if sys.platform == "linux" else "lo0",
-    "OMP_NUM_THREADS": "1",
-    "MKL_NUM_THREADS": "1",
-    "WANDB_MODE": "offline",
-}
+# Nothing reaches a network.
+QUIET_MACHINE = {**CPU_ONLY, "WANDB_MODE": "offline"}
 
 
 @dataclass(frozen=True)

@@ -46,6 +46,14 @@ Result = TypeVar("Result")
 # The compiler, although nothing is compiled: building an optimizer or an engine imports it, 4 seconds on every rank.
 _PRELOAD = ["torch", "torch.distributed", "deepspeed", "torch._dynamo", "torch._inductor.compile_fx"]
 _HOST = "127.0.0.1"
+CPU_ONLY = {
+    "CUDA_VISIBLE_DEVICES": "",
+    "DS_ACCELERATOR": "cpu",
+    "GLOO_SOCKET_IFNAME": "lo" if sys.platform == "linux" else "lo0",
+    "OMP_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+}
+"""Environment of a rank in a test: the processor only, one thread, no network but loopback."""
 # How long the others may still report after the first failure, so that the cause can be told from its
 # victims.
 _GRACE_SECONDS = 1.0
@@ -263,15 +271,8 @@ def _stop(ranks: _Ranks) -> None:
 @contextlib.contextmanager
 def _environment_of_the_server() -> Iterator[None]:
     """The environment the server is started in and hands to every rank: CPU only, one thread, loopback."""
-    wanted = {
-        "CUDA_VISIBLE_DEVICES": "",
-        "DS_ACCELERATOR": "cpu",
-        "GLOO_SOCKET_IFNAME": "lo" if sys.platform == "linux" else "lo0",
-        "OMP_NUM_THREADS": "1",
-        "MKL_NUM_THREADS": "1",
-    }
-    before = {name: env.get(name) for name in wanted}
-    for name, value in wanted.items():
+    before = {name: env.get(name) for name in CPU_ONLY}
+    for name, value in CPU_ONLY.items():
         env.export(name, value)
     try:
         yield
