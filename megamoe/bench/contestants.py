@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from megamoe.config.moe import MoEConfig
 from megamoe.moe.ffn import FeedForward
-from megamoe.moe.layer import ExpertParallel, MoELayer
+from megamoe.moe.layer import MoELayer
+from megamoe.moe.placement import ExpertParallel
 
 INSTALL = "pip install 'megamoe[bench]'"
 DENSE, OURS = "dense", "megamoe"

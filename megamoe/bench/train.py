@@ -19,10 +19,12 @@ from megamoe.bench.rounds import in_turns, ratios, spread
 from megamoe.common.log import setup_logging
 from megamoe.config import derive
 from megamoe.config.load import dump_config
+from megamoe.config.routers import AuxiliaryLosses
 from megamoe.config.run import RunConfig
 from megamoe.model.decoder import Decoder
 from megamoe.model.initialise import initialise
-from megamoe.moe.layer import ExpertParallel, MoELayer
+from megamoe.moe.layer import MoELayer
+from megamoe.moe.placement import ExpertParallel
 from megamoe.moe.types import LayerAux
 from megamoe.parallel.collectives import barrier
 from megamoe.testing.ranks import run_ranks
@@ -156,9 +158,9 @@ class DeepSpeedBlockFFN(nn.Module):
         moe = config.moe
         shape = LayerShape(config.model.hidden_size, moe.expert_ffn_size, moe.num_experts, moe.top_k)
         self.layer = deepspeed_moe(shape, config.parallel.ep, drop_tokens)
-        self.balance_loss = moe.router.balance_loss
+        self.balance_loss = moe.router.balance_loss if isinstance(moe.router, AuxiliaryLosses) else 0.0
 
-    def forward(self, x_BSD: Tensor) -> tuple[Tensor, LayerAux]:
+    def forward(self, x_BSD: Tensor, tokens_BS: Tensor) -> tuple[Tensor, LayerAux]:
         out_BSD, balance_loss, _ = self.layer(x_BSD)
         return out_BSD, LayerAux({"balance_loss": self.balance_loss * balance_loss}, {}, {})
 

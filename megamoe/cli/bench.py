@@ -25,6 +25,14 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     layer.add_argument("--threads", type=int, default=2, help="threads of torch (default: %(default)s)")
     layer.add_argument("--dtype", default="fp32,bf16", help="comma-separated (default: %(default)s)")
     layer.add_argument("--only", default="", metavar="NAMES", help="comma-separated names of layers (default: all)")
+    router = kinds.add_parser("router", help="the routers alone against the linear top-k router, on a CPU")
+    router.add_argument("--tokens", type=int, default=4096, help="rows T of a pass (default: %(default)s)")
+    router.add_argument("--hidden", type=int, default=512, help="model width D (default: %(default)s)")
+    router.add_argument("--experts", default="8,64", help="comma-separated numbers of experts (default: %(default)s)")
+    router.add_argument("--top-k", type=int, default=2, help="experts per token K (default: %(default)s)")
+    router.add_argument("--threads", type=int, default=2, help="threads of torch (default: %(default)s)")
+    router.add_argument("--dtype", default="fp32,bf16", help="comma-separated (default: %(default)s)")
+    router.add_argument("--only", default="", metavar="NAMES", help="comma-separated names of routers (default: all)")
     train = kinds.add_parser("train", help="training steps against the same model with deepspeed.moe.MoE layers")
     train.add_argument(
         "--config",
@@ -35,7 +43,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     train.add_argument("--ranks", type=int, default=2, help="processes (default: %(default)s)")
     train.add_argument("--steps", type=int, default=4, help="optimizer steps per turn (default: %(default)s)")
-    for kind, rounds in ((layer, 15), (train, 10)):
+    for kind, rounds in ((layer, 15), (router, 31), (train, 10)):
         kind.add_argument("--repeats", type=int, default=rounds, help="rounds (default: %(default)s)")
         kind.add_argument("--out", type=Path, metavar="FILE.json", help="write the report there, and FILE.md beside it")
         kind.add_argument(
@@ -53,7 +61,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(args: argparse.Namespace) -> int:
     """Measure, print the tables, write the files."""
-    report, markdown = _layer(args) if args.kind == "layer" else _train(args)
+    report, markdown = {"layer": _layer, "router": _router, "train": _train}[args.kind](args)
     print(markdown)
     if args.out is not None:
         from megamoe.bench.report import write
@@ -79,6 +87,25 @@ def _layer(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         patience=args.patience,
     )
     report = bench_layer(settings, args.note)
+    return report, markdown(report)
+
+
+def _router(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    from megamoe.bench.router import RouterSettings, bench_router, markdown
+
+    settings = RouterSettings(
+        tokens=args.tokens,
+        hidden=args.hidden,
+        experts=tuple(int(number) for number in _names(args.experts)),
+        top_k=args.top_k,
+        threads=args.threads,
+        dtypes=_names(args.dtype),
+        rounds=args.repeats,
+        contestants=_names(args.only),
+        keep_freed_memory=args.keep_freed_memory,
+        patience=args.patience,
+    )
+    report = bench_router(settings, args.note)
     return report, markdown(report)
 
 

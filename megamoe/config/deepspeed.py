@@ -26,10 +26,10 @@ OWNED: dict[str, str] = {
     "fp16": "use training.precision; fp16 is not supported",
     "amp": "use training.precision",
     "torch_autocast": "use training.precision",
-    "data_types.grad_accum_dtype": "gradients always accumulate in fp32",
+    "data_types.grad_accum_dtype": "gradients accumulate in fp32, those of fp64 in fp64",
     "data_types.param_dtype": "use training.precision",
-    "data_types.buffer_dtype": "running statistics stay in fp32",
-    "data_types.keep_in_fp32_modules": "running statistics stay in fp32",
+    "data_types.buffer_dtype": "running statistics are never narrowed",
+    "data_types.keep_in_fp32_modules": "running statistics are never narrowed",
     "zero_optimization.stage": "use parallel.zero_stage",
     "zero_optimization.reduce_scatter": "DeepSpeed requires it for experts",
     "zero_optimization.contiguous_gradients": "DeepSpeed requires it for experts",
@@ -86,8 +86,8 @@ def _batch(config: RunConfig, world_size: int) -> dict[str, Any]:
 
 
 def _precision(config: RunConfig) -> dict[str, Any]:
-    if config.training.precision == "fp32":
-        return {"bf16": {"enabled": False}}
+    if config.training.precision != "bf16":
+        return {"bf16": {"enabled": False}}  # DeepSpeed has no word for fp64; training/engine sees to it
     # bf16 keeps 8 significant bits: a sum of micro-batches loses the later ones. DeepSpeed accumulates bf16
     # gradients in fp32 at stages 1 (its BF16_Optimizer), 2 and 3, not at 0 (rule `zero_0_runs_in_fp32`).
     return {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}

@@ -5,9 +5,11 @@ Everything is plain arithmetic on a checked configuration; no torch.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
-from megamoe.config.moe import MoEConfig, ResonanceRouterConfig
+from megamoe.config.moe import MoEConfig
+from megamoe.config.routers import BalancedRouterConfig, HashRouterConfig, ResonanceRouterConfig
 from megamoe.config.run import RunConfig
 
 VOCAB_MULTIPLE = 64  # rows of the embedding: keeps the output matrix product on full tiles
@@ -91,10 +93,19 @@ def _router_parameters(moe: MoEConfig, hidden_size: int) -> int:
     """Trainable parameters of one router. A loss-free bias is a buffer and does not count."""
     router = moe.router
     dense = moe.num_experts * hidden_size
+    if isinstance(router, HashRouterConfig | BalancedRouterConfig):
+        return 0
     if not isinstance(router, ResonanceRouterConfig):
         return dense
     affinity = {"grap": 0, "grap_learned": hidden_size, "cosine": dense}[router.affinity]
     return affinity + int(router.learn_scale)
+
+
+def scale_limits(router: ResonanceRouterConfig, hidden_size: int) -> tuple[float, float, float]:
+    """ETR's kappa: smallest, initial, largest."""
+    root = math.sqrt(hidden_size)
+    initial = 14.0 if router.affinity == "cosine" else 2.0 * root
+    return router.scale_min or root / 2, router.scale_init or initial, router.scale_max or 16 * root
 
 
 def parameter_counts(config: RunConfig, tokenizer_size: int | None = None) -> dict[str, ParameterCount]:

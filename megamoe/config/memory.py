@@ -20,6 +20,8 @@ from megamoe.config.derive import (
 from megamoe.config.run import RunConfig
 
 FP32 = 4  # bytes
+WIDTH = {"bf16": 2, "fp32": FP32, "fp64": 8}
+"""Bytes of a number in each `training.precision`."""
 
 
 @dataclass(frozen=True)
@@ -28,8 +30,8 @@ class MemoryEstimate:
 
     Attributes:
         weights: the model's weights in `training.precision`.
-        gradients: fp32 accumulation, plus the gradients of the backward pass in bf16 where weights are bf16.
-        optimizer: fp32 master weights (ZeRO 1 to 3) and the optimizer's moments.
+        gradients: accumulation in fp32 or fp64, plus the gradients of the backward pass where weights are bf16.
+        optimizer: fp32 master weights (ZeRO 1 to 3) and the optimizer's moments, in fp32 or fp64.
         activations: rough: what one micro-batch keeps for its backward pass, and one chunk of logits.
     """
 
@@ -46,14 +48,14 @@ class MemoryEstimate:
 
 def _moment_bytes(config: RunConfig) -> int:
     # Muon keeps one moment for matrices, which are nearly all weights.
-    return FP32 if config.training.optimizer.type == "muon" else 2 * FP32
+    return _wide(config) if config.training.optimizer.type == "muon" else 2 * _wide(config)
 
 
 def _states(config: RunConfig, size: int, ranks: int) -> tuple[int, int, int]:
     """Bytes of weights, gradients and optimizer for `size` parameters that `ranks` ranks hold together."""
     stage, width = config.parallel.zero_stage, _element_bytes(config)
     shard = -(-size // ranks)
-    gradient = FP32 + (width if width < FP32 else 0)
+    gradient = _wide(config) + (width if width < FP32 else 0)
     master = FP32 if stage > 0 else 0
     return (
         width * (shard if stage == 3 else size),
@@ -63,7 +65,12 @@ def _states(config: RunConfig, size: int, ranks: int) -> tuple[int, int, int]:
 
 
 def _element_bytes(config: RunConfig) -> int:
-    return 2 if config.training.precision == "bf16" else FP32
+    return WIDTH[config.training.precision]
+
+
+def _wide(config: RunConfig) -> int:
+    """Bytes of what is never narrower than fp32: sums, moments, logits."""
+    return max(FP32, _element_bytes(config))
 
 
 def _block_elements(config: RunConfig, layer_index: int) -> int:
@@ -84,7 +91,7 @@ def _activation_bytes(config: RunConfig) -> int:
     blocks = [_block_elements(config, index) for index in range(model.num_layers)]
     kept = sum(blocks) if training.recompute == "none" else model.num_layers * model.hidden_size + max(blocks)
     rows = min(model.loss_chunk_size or tokens, tokens)
-    logits = 2 * rows * vocab_size(config) * FP32  # logits and their gradient
+    logits = 2 * rows * vocab_size(config) * _wide(config)  # logits and their gradient
     return tokens * kept * _element_bytes(config) + logits
 
 

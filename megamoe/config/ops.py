@@ -16,3 +16,7 @@ class OpsConfig(Section):
         "auto",
         description="Feed-forward of the experts: plain loop, blocked loop (CPU), or torch's grouped_mm.",
     )
+    grap_affinity: Literal["auto", "reference", "sliced"] = Field(
+        "auto",
+        description="Affinities of the resonance router's grap modes: plain autograd, or by hand in chunks (CPU).",
+    )

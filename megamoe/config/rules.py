@@ -12,49 +12,11 @@ from collections.abc import Callable, Iterator
 from megamoe.common.errors import TopologyError
 from megamoe.config.deepspeed import extra_problems
 from megamoe.config.derive import head_size, num_kv_heads
-from megamoe.config.moe import ResonanceRouterConfig, TopKRouterConfig
+from megamoe.config.moe_rules import MOE_RULES
 from megamoe.config.problems import Problem, raise_all
 from megamoe.config.run import RunConfig
 
 Rule = Callable[[RunConfig], Iterator[Problem]]
-
-
-def experts_divide_over_ep(config: RunConfig) -> Iterator[Problem]:
-    experts, ep = config.moe.num_experts, config.parallel.ep
-    if experts % ep:
-        what = f"{experts} experts do not divide over parallel.ep {ep}: {experts} % {ep} = {experts % ep}"
-        yield Problem("moe.num_experts", what, ("parallel.ep",))
-
-
-def ep_needs_experts(config: RunConfig) -> Iterator[Problem]:
-    if config.parallel.ep > 1 and config.moe.num_experts == 0:
-        what = f"{config.parallel.ep} needs experts, but moe.num_experts is 0; use 1 for a dense model"
-        yield Problem("parallel.ep", what, ("moe.num_experts",))
-
-
-def top_k_within_experts(config: RunConfig) -> Iterator[Problem]:
-    moe = config.moe
-    if 0 < moe.num_experts < moe.top_k:
-        what = f"a token cannot choose {moe.top_k} of moe.num_experts {moe.num_experts} experts"
-        yield Problem("moe.top_k", what, ("moe.num_experts",))
-
-
-def dense_prefix_leaves_blocks(config: RunConfig) -> Iterator[Problem]:
-    moe, layers = config.moe, config.model.num_layers
-    if moe.num_experts and moe.first_k_dense >= layers:
-        what = f"{moe.first_k_dense} dense blocks leave none of model.num_layers {layers} for experts"
-        yield Problem("moe.first_k_dense", what, ("model.num_layers", "moe.num_experts"))
-
-
-def some_block_has_experts(config: RunConfig) -> Iterator[Problem]:
-    moe, left = config.moe, config.model.num_layers - config.moe.first_k_dense
-    if moe.num_experts and 0 < left < moe.every_n_layers:
-        what = (
-            f"the {left} blocks after the {moe.first_k_dense} dense ones have no {moe.every_n_layers}th; "
-            "use moe.num_experts: 0 for a dense model"
-        )
-        related = ("model.num_layers", "moe.first_k_dense", "moe.num_experts")
-        yield Problem("moe.every_n_layers", what, related)
 
 
 def heads_divide_hidden_size(config: RunConfig) -> Iterator[Problem]:
@@ -106,29 +68,6 @@ def only_data_and_expert_parallel(config: RunConfig) -> Iterator[Problem]:
             yield Problem(f"parallel.{axis}", what)
 
 
-def local_dispatch_needs_local_experts(config: RunConfig) -> Iterator[Problem]:
-    if config.moe.dispatcher == "local" and config.parallel.ep > 1:
-        what = f"local cannot reach the experts of other ranks (parallel.ep {config.parallel.ep}); use auto"
-        yield Problem("moe.dispatcher", what, ("parallel.ep",))
-
-
-def grap_slices_hold_a_feature(config: RunConfig) -> Iterator[Problem]:
-    router, experts, width = config.moe.router, config.moe.num_experts, config.model.hidden_size
-    if isinstance(router, ResonanceRouterConfig) and router.affinity != "cosine" and experts > width:
-        what = (
-            f"{router.affinity} gives each expert a slice of model.hidden_size {width} features, too few "
-            f"for moe.num_experts {experts}; use cosine"
-        )
-        yield Problem("moe.router.affinity", what, ("moe.num_experts", "model.hidden_size"))
-
-
-def sigmoid_weights_are_normalised(config: RunConfig) -> Iterator[Problem]:
-    router = config.moe.router
-    if isinstance(router, TopKRouterConfig) and router.score == "sigmoid" and not router.normalize_weights:
-        what = "sigmoid scores do not sum to 1, so their weights are always normalised; use true"
-        yield Problem("moe.router.normalize_weights", what, ("moe.router.score",))
-
-
 def micro_batches_fill_global_batch(config: RunConfig) -> Iterator[Problem]:
     whole, micro = config.training.global_batch_size, config.training.micro_batch_size
     if whole % micro:
@@ -174,6 +113,20 @@ def zero_0_runs_in_fp32(config: RunConfig) -> Iterator[Problem]:
         yield Problem("parallel.zero_stage", what, ("training.precision",))
 
 
+def fp64_keeps_its_digits(config: RunConfig) -> Iterator[Problem]:
+    if config.training.precision != "fp64":
+        return
+    related, stage = ("training.precision",), config.parallel.zero_stage
+    if stage > 0:
+        yield Problem("parallel.zero_stage", f"{stage} keeps masters in fp32, so fp64 is lost there; use 0", related)
+    if config.training.optimizer.type != "adamw":
+        what = "muon orthogonalises in bf16, so fp64 is lost there; use adamw"
+        yield Problem("training.optimizer.type", what, related)
+    if "communication_data_type" in config.deepspeed_extra:
+        what = "fp64 gradients are reduced in fp64, which DeepSpeed cannot be asked for here; leave it out"
+        yield Problem("deepspeed_extra.communication_data_type", what, related)
+
+
 def muon_needs_whole_matrices(config: RunConfig) -> Iterator[Problem]:
     if config.training.optimizer.type == "muon" and config.parallel.zero_stage == 3:
         what = 'stage 3 refuses muon ("Muon and reduce scatter cannot be used together"); use 1 or 2'
@@ -195,25 +148,19 @@ def extra_leaves_our_keys(config: RunConfig) -> Iterator[Problem]:
 
 
 RULES: tuple[Rule, ...] = (
-    experts_divide_over_ep,
-    ep_needs_experts,
-    top_k_within_experts,
-    dense_prefix_leaves_blocks,
-    some_block_has_experts,
+    *MOE_RULES,
     heads_divide_hidden_size,
     head_size_is_even,
     kv_heads_divide_heads,
     vocabulary_holds_tokenizer,
     only_data_and_expert_parallel,
-    local_dispatch_needs_local_experts,
-    grap_slices_hold_a_feature,
-    sigmoid_weights_are_normalised,
     micro_batches_fill_global_batch,
     warmup_ends_before_training,
     wsd_phases_fit,
     stop_lies_within_steps,
     kept_checkpoints_are_written,
     zero_0_runs_in_fp32,
+    fp64_keeps_its_digits,
     muon_needs_whole_matrices,
     muon_updates_are_not_clipped,
     extra_leaves_our_keys,

@@ -83,7 +83,11 @@ class TrainingConfig(Section):
     seed: int = Field(1234, ge=0, description="Seed of every named random stream.")
     micro_batch_size: int = Field(4, ge=1, description="Sequences per forward pass of one rank.")
     global_batch_size: int = Field(16, ge=1, description="Sequences per optimizer step, over all ranks.")
-    precision: Literal["fp32", "bf16"] = Field("fp32", description="Weights and activations; masters are fp32.")
+    precision: Literal["fp32", "bf16", "fp64"] = Field(
+        "fp32",
+        description="Weights and activations; bf16 keeps fp32 masters. fp64: everything, slowly, for proofs that two "
+        "layouts train the same model (needs zero_stage 0 and adamw).",
+    )
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = Field(default_factory=ScheduleConfig)
     gradient_clipping: float = Field(1.0, ge=0, description="Bound of the global gradient norm; 0: off.")

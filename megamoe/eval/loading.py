@@ -14,11 +14,10 @@ from megamoe.config.load import load_config
 from megamoe.config.run import RunConfig
 from megamoe.data.tokenizer import Tokenizer
 from megamoe.model.decoder import Decoder
-from megamoe.moe.layer import ExpertParallel
 from megamoe.parallel import collectives
 from megamoe.training.checkpoint import folder as folders
 from megamoe.training.checkpoint.weights import load_weights
-from megamoe.training.setup import Runtime
+from megamoe.training.setup import Runtime, expert_parallel
 
 
 @dataclass(frozen=True)
@@ -67,8 +66,7 @@ def load_model(checkpoint: Checkpoint, runtime: Runtime) -> tuple[Decoder, Token
     """
     folder, manifest, groups = checkpoint.folder, checkpoint.manifest, runtime.groups
     collectives.together(lambda: folders.verify(folder, manifest, runtime.rank, runtime.world_size))
-    ep = ExpertParallel(groups.ep.size, groups.ep.place, groups.ep.handle)
-    model = Decoder(checkpoint.config, manifest.architecture["model.vocab_size"], ep)
+    model = Decoder(checkpoint.config, manifest.architecture["model.vocab_size"], expert_parallel(groups))
     collectives.together(lambda: load_weights(folder, model))
     return model.to(runtime.device).eval().requires_grad_(False), Tokenizer(folder / "tokenizer.model")
 

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megamoe.ops.precision import at_least_fp32
+
 
 class KeyValueCache:
     """Keys and values of the positions seen so far, for generation. One per attention layer."""
@@ -43,7 +45,7 @@ class Attention(nn.Module):
     def forward(self, x_BSD: Tensor, cache: KeyValueCache | None = None) -> Tensor:
         """[B, S, D] to [B, S, D]. With a cache, the S positions follow those already in it."""
         past = cache.length if cache is not None else 0
-        cos_SH, sin_SH = rotation(x_BSD.shape[1], past, self.head_size, self.rope_theta, x_BSD.device)
+        cos_SH, sin_SH = self._rotation(x_BSD, past)
         queries = rotate(self._heads(self.wq(x_BSD), self.num_heads), cos_SH, sin_SH)
         keys = rotate(self._heads(self.wk(x_BSD), self.num_kv_heads), cos_SH, sin_SH)
         values = self._heads(self.wv(x_BSD), self.num_kv_heads)
@@ -59,6 +61,10 @@ class Attention(nn.Module):
         )
         return self.wo(out_BNSH.transpose(1, 2).flatten(2))
 
+    def _rotation(self, x_BSD: Tensor, past: int) -> tuple[Tensor, Tensor]:
+        dtype = torch.promote_types(x_BSD.dtype, torch.float32)
+        return rotation(x_BSD.shape[1], past, self.head_size, self.rope_theta, x_BSD.device, dtype)
+
     def _heads(self, x: Tensor, heads: int) -> Tensor:
         return x.unflatten(-1, (heads, self.head_size)).transpose(1, 2)
 
@@ -71,16 +77,19 @@ def _mask(new: int, past: int, device: torch.device) -> Tensor | None:
     return positions[None, :] <= positions[past:, None]
 
 
-def rotation(length: int, start: int, head_size: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
-    """cos and sin of the rotary angles (RoFormer, arXiv 2104.09864), fp32 [S, H], for positions start ... ."""
-    exponents = torch.arange(0, head_size, 2, device=device, dtype=torch.float32) / head_size
-    positions = torch.arange(start, start + length, device=device, dtype=torch.float32)
+def rotation(
+    length: int, start: int, head_size: int, theta: float, device: torch.device, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
+    """cos and sin of the rotary angles (RoFormer, arXiv 2104.09864), [S, H], for positions start ... ."""
+    exponents = torch.arange(0, head_size, 2, device=device, dtype=dtype) / head_size
+    positions = torch.arange(start, start + length, device=device, dtype=dtype)
     angles_SH = torch.outer(positions, theta**-exponents).repeat(1, 2)
     return angles_SH.cos(), angles_SH.sin()
 
 
 def rotate(x_BNSH: Tensor, cos_SH: Tensor, sin_SH: Tensor) -> Tensor:
-    """Rotate feature pairs (i, i + H/2) by the position's angle, in fp32."""
-    first, second = x_BNSH.float().chunk(2, dim=-1)
+    """Rotate feature pairs (i, i + H/2) by the position's angle, in fp32 at least."""
+    wide_BNSH = at_least_fp32(x_BNSH)
+    first, second = wide_BNSH.chunk(2, dim=-1)
     turned = torch.cat([-second, first], dim=-1)
-    return (x_BNSH.float() * cos_SH + turned * sin_SH).to(x_BNSH.dtype)
+    return (wide_BNSH * cos_SH + turned * sin_SH).to(x_BNSH.dtype)

@@ -9,14 +9,15 @@ from megamoe.config.run import RunConfig
 from megamoe.model.attention import Attention, KeyValueCache
 from megamoe.model.norms import build_norm
 from megamoe.moe.ffn import FeedForward
-from megamoe.moe.layer import ExpertParallel, MoELayer
+from megamoe.moe.layer import MoELayer
+from megamoe.moe.placement import ExpertParallel
 from megamoe.moe.types import LayerAux
 
 
 class Block(nn.Module):
     """x + attention(norm(x)), then x + feed_forward(norm(x))."""
 
-    def __init__(self, config: RunConfig, index: int, ep: ExpertParallel) -> None:
+    def __init__(self, config: RunConfig, index: int, ep: ExpertParallel, vocab_size: int = 0) -> None:
         super().__init__()
         model = config.model
         self.attention_norm = build_norm(model.norm, model.hidden_size, model.norm_eps)
@@ -31,15 +32,20 @@ class Block(nn.Module):
         self.is_moe = derive.is_moe_layer(config, index)
         self.ffn: nn.Module
         if self.is_moe:
-            self.ffn = MoELayer(config.moe, model.hidden_size, ep, config.ops.expert_ffn)
+            self.ffn = MoELayer(config.moe, model.hidden_size, ep, config.ops, vocab_size)
         else:
             self.ffn = FeedForward(model.hidden_size, model.ffn_size)
 
-    def forward(self, x_BSD: Tensor, cache: KeyValueCache | None = None) -> tuple[Tensor, LayerAux]:
-        """[B, S, D] to ([B, S, D], what the MoE layer returned besides, empty for a dense block)."""
+    def forward(
+        self, x_BSD: Tensor, tokens_BS: Tensor, cache: KeyValueCache | None = None
+    ) -> tuple[Tensor, LayerAux]:
+        """[B, S, D] to ([B, S, D], what the MoE layer returned besides, empty for a dense block).
+
+        `tokens_BS` are the vocabulary entries at the positions of `x_BSD`, for routers that look at them.
+        """
         x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), cache)
         normed_BSD = self.ffn_norm(x_BSD)
         if not self.is_moe:
             return x_BSD + self.ffn(normed_BSD), LayerAux({}, {}, {})
-        out_BSD, aux = self.ffn(normed_BSD)
+        out_BSD, aux = self.ffn(normed_BSD, tokens_BS)
         return x_BSD + out_BSD, aux

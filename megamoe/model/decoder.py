@@ -13,18 +13,19 @@ from megamoe.config.run import RunConfig
 from megamoe.model.attention import KeyValueCache
 from megamoe.model.block import Block
 from megamoe.model.norms import build_norm
-from megamoe.moe.layer import ALONE, ExpertParallel
+from megamoe.moe.placement import ALONE, ExpertParallel
 from megamoe.moe.types import LayerAux
 from megamoe.ops.linear_cross_entropy import linear_cross_entropy, token_losses
+from megamoe.ops.precision import at_least_fp32
 
 
 class ModelOutput(NamedTuple):
     """What one micro-batch gives."""
 
     loss: Tensor
-    """Cross entropy plus auxiliary losses: what is differentiated. fp32 scalar."""
+    """Cross entropy plus auxiliary losses: what is differentiated. fp32 scalar (fp64 in an fp64 model)."""
     cross_entropy: Tensor
-    """Mean over tokens, in nats, fp32 scalar."""
+    """Mean over tokens, in nats; dtype as of `loss`."""
     layers: tuple[LayerAux, ...]
     """One per block, in order; empty dicts for dense blocks. Each loss appears once, recomputed or not."""
 
@@ -43,9 +44,9 @@ class Head(nn.Module):
         self.weight = embedding_VD
 
     def forward(self, hidden_BSD: Tensor, labels_BS: Tensor | None = None) -> Tensor:
-        """Mean cross entropy, or without labels the logits [B, S, V] in fp32."""
+        """Mean cross entropy, or without labels the logits [B, S, V]; in fp32 at least."""
         if labels_BS is None:
-            return F.linear(hidden_BSD, self.weight).float()
+            return at_least_fp32(F.linear(hidden_BSD, self.weight))
         return linear_cross_entropy(hidden_BSD.flatten(0, 1), self.weight, labels_BS.flatten(), self.chunk_size)
 
 
@@ -62,7 +63,7 @@ class Decoder(nn.Module):
         super().__init__()
         model = config.model
         self.embedding = nn.Embedding(vocab_size, model.hidden_size)
-        self.blocks = nn.ModuleList(Block(config, i, ep) for i in range(model.num_layers))
+        self.blocks = nn.ModuleList(Block(config, i, ep, vocab_size) for i in range(model.num_layers))
         self.norm = build_norm(model.norm, model.hidden_size, model.norm_eps)
         self.head = Head(vocab_size, model.hidden_size, model.loss_chunk_size)
         if model.tie_embeddings:
@@ -77,13 +78,13 @@ class Decoder(nn.Module):
         return ModelOutput(sum(auxiliary, cross_entropy), cross_entropy, layers)
 
     def logits(self, tokens_BS: Tensor, caches: list[KeyValueCache] | None = None) -> Tensor:
-        """Logits of the last position only, fp32 [B, V]. With caches (one per block) the tokens continue them."""
+        """Last position's logits, [B, V] in fp32 at least. With caches (one per block) the tokens continue them."""
         hidden_BSD, _ = self._hidden(tokens_BS, caches)
         logits_BV: Tensor = self.head(hidden_BSD[:, -1:]).squeeze(1)
         return logits_BV
 
     def token_losses(self, tokens_BS: Tensor, labels_BS: Tensor) -> Tensor:
-        """Cross entropy of every token, fp32 [B, S], without gradients."""
+        """Cross entropy of every token, [B, S] in fp32 at least, without gradients."""
         with torch.no_grad():
             hidden_BSD, _ = self._hidden(tokens_BS)
             losses_T = token_losses(
@@ -101,8 +102,8 @@ class Decoder(nn.Module):
         x_BSD, layers = self.embedding(tokens_BS), []
         for index, block in enumerate(self.blocks):
             if self.recompute and self.training:
-                x_BSD, aux = checkpoint(block, x_BSD, use_reentrant=False)
+                x_BSD, aux = checkpoint(block, x_BSD, tokens_BS, use_reentrant=False)
             else:
-                x_BSD, aux = block(x_BSD, caches[index] if caches is not None else None)
+                x_BSD, aux = block(x_BSD, tokens_BS, caches[index] if caches is not None else None)
             layers.append(aux)
         return self.norm(x_BSD), tuple(layers)

@@ -2,23 +2,12 @@
 
 from __future__ import annotations
 
-import math
-from fractions import Fraction
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-
-def static_capacity(num_tokens: int, num_experts: int, top_k: int, factor: float) -> int:
-    """C = ceil(factor * K * T / E), at least 8 or a quarter of the balanced load, and at most T.
-
-    The lower clamp is ours: fewer rows than that leave an expert without a usable gradient.
-    """
-    balanced = Fraction(top_k * num_tokens, num_experts)
-    floor = max(8, math.ceil(balanced / 4))
-    # Exact, with the factor as it is written: in floating point 1.1 * 50 is a little more than 55.
-    return min(num_tokens, max(floor, math.ceil(Fraction(str(factor)) * balanced)))
+Drop = Literal["affinity", "position", "random"]
 
 
 def keep_within(
@@ -26,25 +15,28 @@ def keep_within(
     expert_ids_A: Tensor,
     num_experts: int,
     *,
-    capacity: int | None,
+    capacity_E: Tensor | None,
     threshold: float = 1.0,
-    drop: Literal["affinity", "position"] = "affinity",
+    drop: Drop = "affinity",
+    seed: int = 0,
 ) -> Tensor:
     """Which candidates each expert keeps.
 
     Args:
         affinity_A: fp32 [A], affinity of each (token, expert) candidate, in token order.
         expert_ids_A: int64 [A], the expert of each candidate.
-        capacity: at most this many per expert; None: no bound.
+        capacity_E: int64 [E], at most this many of each expert; None: no bound.
         threshold: tau; keep only the fewest candidates whose positive affinities sum to tau times the expert's
             total. 1 is off. An expert without any positive affinity is not thresholded, so that all-negative
             affinities still fill the capacity (the paper gives neither a value nor this case).
-        drop: over capacity, `affinity` drops the lowest affinity (ties: the later token), `position` the latest token.
+        drop: over capacity, `affinity` drops the lowest affinity (ties: the later token), `position` the latest token,
+            `random` any, decided by `seed` and the candidate's place. The threshold needs `affinity`.
 
     Returns:
         bool [A].
     """
-    order_A = _rank_order(affinity_A, expert_ids_A, drop)
+    assert threshold == 1.0 or drop == "affinity", "the threshold is over the candidates of highest affinity"
+    order_A = _rank_order(_priority(affinity_A, drop, seed), expert_ids_A)
     sorted_experts = expert_ids_A[order_A]
     counts_E = torch.zeros(num_experts, dtype=torch.int64, device=affinity_A.device)
     counts_E.scatter_add_(0, expert_ids_A, torch.ones_like(expert_ids_A))
@@ -53,19 +45,32 @@ def keep_within(
     kept_sorted = torch.ones_like(place_A, dtype=torch.bool)
     if threshold < 1.0:
         kept_sorted &= _within_threshold(affinity_A[order_A], sorted_experts, start_E, counts_E, threshold)
-    if capacity is not None:
-        kept_sorted &= place_A < capacity
+    if capacity_E is not None:
+        kept_sorted &= place_A < capacity_E[sorted_experts]
     kept_A = torch.empty_like(kept_sorted)
     kept_A[order_A] = kept_sorted
     return kept_A
 
 
-def _rank_order(affinity_A: Tensor, expert_ids_A: Tensor, drop: str) -> Tensor:
-    """Candidates by expert, and for each expert from the first it would keep to the first it would drop."""
+def _priority(affinity_A: Tensor, drop: Drop, seed: int) -> Tensor | None:
+    """What an expert prefers, higher first; None: the order of arrival."""
     if drop == "position":
+        return None
+    if drop == "affinity":
+        return affinity_A
+    # A hash and not a generator: the same choice when the pass is run again for its gradients, whatever ran between.
+    place_A = torch.arange(len(affinity_A), device=affinity_A.device) + (seed + 1) * 0x9E3779B1
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+        place_A = ((place_A ^ (place_A >> shift)) * factor) & 0xFFFFFFFF
+    return place_A ^ (place_A >> 16)
+
+
+def _rank_order(priority_A: Tensor | None, expert_ids_A: Tensor) -> Tensor:
+    """Candidates by expert, and for each expert from the first it would keep to the first it would drop."""
+    if priority_A is None:
         return torch.sort(expert_ids_A, stable=True).indices
-    by_affinity = torch.sort(affinity_A, descending=True, stable=True).indices
-    return by_affinity[torch.sort(expert_ids_A[by_affinity], stable=True).indices]
+    by_priority = torch.sort(priority_A, descending=True, stable=True).indices
+    return by_priority[torch.sort(expert_ids_A[by_priority], stable=True).indices]
 
 
 def _within_threshold(affinity_A: Tensor, experts_A: Tensor, start_E: Tensor, counts_E: Tensor, tau: float) -> Tensor:

@@ -2,30 +2,18 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
+import torch
 from torch import Tensor
 
 from megamoe.config.moe import MoEConfig
+from megamoe.config.ops import OpsConfig
 from megamoe.moe.dispatch import build_dispatcher
 from megamoe.moe.experts import Experts
 from megamoe.moe.ffn import FeedForward
 from megamoe.moe.marker import ExpertParallelMarker
-from megamoe.moe.routers import build_router
+from megamoe.moe.placement import ExpertParallel
+from megamoe.moe.routers import RouterSize, build_router
 from megamoe.moe.types import LayerAux
-from megamoe.parallel.groups import ProcessGroup
-
-
-class ExpertParallel(NamedTuple):
-    """This rank's place in its expert-parallel group."""
-
-    size: int = 1
-    rank: int = 0
-    group: ProcessGroup | None = None
-
-
-ALONE = ExpertParallel()
-"""All experts on this rank."""
 
 
 class MoELayer(ExpertParallelMarker):
@@ -37,11 +25,20 @@ class MoELayer(ExpertParallelMarker):
     4. combine: the rows return and are added up per token.
     """
 
-    def __init__(self, config: MoEConfig, hidden_size: int, ep: ExpertParallel, expert_ffn: str = "auto") -> None:
+    def __init__(
+        self,
+        config: MoEConfig,
+        hidden_size: int,
+        ep: ExpertParallel,
+        ops: OpsConfig | None = None,
+        vocab_size: int = 0,
+    ) -> None:
         super().__init__()
-        self.router = build_router(config, hidden_size)
+        ops = ops or OpsConfig()
+        size = RouterSize(hidden_size, config.num_experts, config.top_k, vocab_size, ops)
+        self.router = build_router(config.router, size, config.capacity, ep)
         self.dispatcher = build_dispatcher(config.dispatcher, ep.group)
-        self.experts = Experts(config.num_experts // ep.size, hidden_size, config.expert_ffn_size, expert_ffn)
+        self.experts = Experts(config.num_experts // ep.size, hidden_size, config.expert_ffn_size, ops.expert_ffn)
         self.shared_experts = (
             FeedForward(hidden_size, config.num_shared_experts * config.expert_ffn_size)
             if config.num_shared_experts
@@ -49,13 +46,18 @@ class MoELayer(ExpertParallelMarker):
         )
         self.mark(self.experts, config.num_experts, ep.size, ep.rank)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, LayerAux]:
-        """[..., D] to ([..., D], auxiliary losses, observations and metrics). The residual is the caller's."""
+    def forward(self, x: Tensor, token_ids: Tensor | None = None) -> tuple[Tensor, LayerAux]:
+        """[..., D] to ([..., D], auxiliary losses, observations and metrics). The residual is the caller's.
+
+        Args:
+            token_ids: int64 [...], vocabulary entries of the rows, for routers that look at them.
+        """
         rows_TD = x.reshape(-1, x.shape[-1])
-        plan = self.router(rows_TD)
+        plan = self.router(rows_TD, None if token_ids is None else token_ids.reshape(-1))
         rows_RD, rows_per_expert_L, handle = self.dispatcher.dispatch(rows_TD, plan)
         out_RD = self.experts(rows_RD, handle.weights_R, rows_per_expert_L)
         out = self.dispatcher.combine(out_RD, handle).view(x.shape)
         if self.shared_experts is not None:
             out = out + self.shared_experts(x)
-        return out, LayerAux(plan.losses, plan.observations, plan.metrics)
+        sent = torch.full((), float(handle.sent_bytes), device=x.device)
+        return out, LayerAux(plan.losses, plan.observations, plan.metrics | {"sent_bytes": (sent, "sum")})

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
+
+from megamoe.ops.precision import at_least_fp32
 
 
 def balance_loss(probs_TE: Tensor, chosen_per_expert_E: Tensor) -> Tensor:
@@ -12,7 +16,7 @@ def balance_loss(probs_TE: Tensor, chosen_per_expert_E: Tensor) -> Tensor:
     f_i: share of the tokens' choices that expert i got, before any drop; no gradient passes through it.
     P_i: mean gate probability of expert i.
     """
-    share_E = chosen_per_expert_E.to(torch.float32) / chosen_per_expert_E.sum().clamp_min(1)
+    share_E = chosen_per_expert_E.to(probs_TE.dtype) / chosen_per_expert_E.sum().clamp_min(1)
     return probs_TE.shape[1] * torch.dot(share_E, mean_rows(probs_TE))
 
 
@@ -24,16 +28,35 @@ def z_loss(logits_TE: Tensor) -> Tensor:
 def orthogonality_loss(vectors_ED: Tensor) -> Tensor:
     """Mean squared cosine between different expert vectors, 0 when orthogonal (ours; for dense affinity vectors)."""
     num_experts = vectors_ED.shape[0]
-    unit_ED = torch.nn.functional.normalize(vectors_ED.float(), dim=-1)
+    unit_ED = torch.nn.functional.normalize(at_least_fp32(vectors_ED), dim=-1)
     gram_EE = unit_ED @ unit_ED.t()
     off_diagonal = gram_EE - torch.diag(torch.diagonal(gram_EE))
     return off_diagonal.square().sum() / max(1, num_experts * (num_experts - 1))
 
 
-def entropy(probs_TE: Tensor) -> Tensor:
-    """Mean entropy of the router's distribution over its maximum ln E, in [0, 1]."""
-    nats_T = torch.special.entr(probs_TE).sum(-1)
-    return nats_T.sum() / (max(1, probs_TE.shape[0]) * torch.log(torch.tensor(float(max(2, probs_TE.shape[1])))))
+def locality_loss(probs_TE: Tensor, local_E: Tensor, smoothing: float) -> Tensor:
+    """KL(D_c || D_l), 0 iff equal (LocMoE, arXiv 2401.13920).
+
+    D_c: mean gate probability of each expert over this rank's rows. D_l: all on the experts of this node. Ours:
+    strictly that KL is infinite, so experts elsewhere share epsilon = smoothing * (1 - n_local / E) of D_l.
+
+    Args:
+        local_E: bool, whether an expert is on this node. If all are, D_l is uniform: a balance loss.
+    """
+    num_experts, num_local = local_E.numel(), local_E.sum()
+    epsilon = smoothing * (1 - num_local / num_experts)
+    elsewhere = epsilon / (num_experts - num_local).clamp_min(1)
+    target_E = torch.where(local_E, (1 - epsilon) / num_local.clamp_min(1), elsewhere).to(probs_TE.dtype)
+    load_E = mean_rows(probs_TE)
+    # xlogy: an expert of probability 0 adds nothing, with gradient 0.
+    return torch.special.xlogy(load_E, load_E).sum() - torch.dot(load_E, target_E.log())
+
+
+def entropy(logits_TE: Tensor) -> Tensor:
+    """Mean entropy of softmax(logits) over its maximum ln E, in [0, 1]."""
+    log_probs_TE = logits_TE.log_softmax(-1)
+    nats = -torch.dot(log_probs_TE.exp().flatten(), log_probs_TE.flatten())
+    return nats / (max(1, logits_TE.shape[0]) * math.log(max(2, logits_TE.shape[1])))
 
 
 def mean_rows(rows_TE: Tensor) -> Tensor:

@@ -33,6 +33,8 @@ class RoutingPlan(NamedTuple):
     """Sums over this rank's rows that update the router's running statistics once per optimizer step."""
     metrics: dict[str, tuple[Tensor, Reduction]]
     """Values to report, each with its reduction."""
+    capacity: int | None = None
+    """At most so many rows of each expert, the same on all ranks of the expert-parallel group; None: not known."""
 
 
 class LayerAux(NamedTuple):
@@ -53,3 +55,5 @@ class DispatchHandle(NamedTuple):
     """T: rows of this rank."""
     state: Any = None
     """The dispatcher's own: splits and permutations."""
+    sent_bytes: int = 0
+    """What this rank sends to other ranks for this layer's forward pass, there and back; the backward pass again."""

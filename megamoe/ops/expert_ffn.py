@@ -31,18 +31,22 @@ def reference(
         rows_RD: rows grouped by expert, [R, D].
         weights_R: gate weight of each row, [R].
         w1, w3: [L, F, D]; w2: [L, D, F].
-        rows_per_expert_L: int64 [L], summing to R.
+        rows_per_expert_L: int64 [L], summing to R or less. Rows beyond that sum are padding: they belong to no expert,
+            what comes out for them is not specified, and they get no gradient.
 
     Returns:
         [R, D], in the order of `rows_RD`.
     """
-    groups = zip(rows_RD.split(rows_per_expert_L.tolist()), weights_R.split(rows_per_expert_L.tolist()), strict=True)
+    counts = rows_per_expert_L.tolist()
+    used = sum(counts)
+    groups = zip(rows_RD[:used].split(counts), weights_R[:used].split(counts), strict=True)
     # An expert without rows still multiplies an empty slice, so that its weights are part of the graph.
     return torch.cat(
         [
             F.linear(F.silu(F.linear(x, a)) * F.linear(x, c) * weight[:, None].to(x.dtype), b)
             for (x, weight), a, b, c in zip(groups, w1, w2, w3, strict=True)
         ]
+        + [rows_RD.new_zeros(rows_RD.shape[0] - used, rows_RD.shape[1])]
     )
 
 
@@ -60,6 +64,7 @@ class _BlockedFFN(torch.autograd.Function):
         splits = counts.tolist()
         h1_RF = rows_RD.new_empty(rows_RD.shape[0], w1.shape[1])
         h3_RF, out_RD = torch.empty_like(h1_RF), torch.empty_like(rows_RD)
+        out_RD[sum(splits) :] = 0
         rowwise = (rows_RD, weights_R[:, None], h1_RF, h3_RF, out_RD)
         for x, weight, h1, h3, out, w1_e, w2_e, w3_e in _per_expert(splits, rowwise, (w1, w2, w3)):
             torch.mm(x, w1_e.t(), out=h1)
@@ -75,6 +80,8 @@ class _BlockedFFN(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         rows_RD, weights_R, w1, w2, w3, h1_RF, h3_RF = ctx.saved_tensors
         d_rows, d_weights = torch.empty_like(rows_RD), torch.empty_like(weights_R)
+        d_rows[sum(ctx.splits) :] = 0
+        d_weights[sum(ctx.splits) :] = 0
         d_w1, d_w2, d_w3 = recycled_like(w1), recycled_like(w2), recycled_like(w3)
         rowwise = (grads[0], rows_RD, weights_R[:, None], h1_RF, h3_RF, d_rows, d_weights)
         stacked = (w1, w2, w3, d_w1, d_w2, d_w3)
@@ -99,7 +106,7 @@ def _per_expert(
     splits: list[int], rowwise: tuple[Tensor, ...], stacked: tuple[Tensor, ...]
 ) -> Iterator[tuple[Tensor, ...]]:
     """For every expert, empty ones included: its rows of each `rowwise` tensor, its matrix of each `stacked` one."""
-    return zip(*(t.split(splits) for t in rowwise), *(t.unbind() for t in stacked), strict=True)
+    return zip(*(t[: sum(splits)].split(splits) for t in rowwise), *(t.unbind() for t in stacked), strict=True)
 
 
 def blocked(

@@ -14,9 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megamoe.ops.precision import at_least_fp32
+
 
 def linear_cross_entropy(hidden_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, chunk_size: int = 1024) -> Tensor:
-    """Mean cross entropy in nats of `softmax(hidden @ weight.T)` against `labels`, fp32 scalar.
+    """Mean cross entropy in nats of `softmax(hidden @ weight.T)` against `labels`, fp32 scalar (fp64 of fp64 inputs).
 
     Args:
         hidden_TD: [T, D].
@@ -32,18 +34,18 @@ def linear_cross_entropy(hidden_TD: Tensor, weight_VD: Tensor, labels_T: Tensor,
 
 @torch.no_grad()
 def token_losses(hidden_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, chunk_size: int = 1024) -> Tensor:
-    """Cross entropy of every row by itself, fp32 [T], without gradients. Arguments as above."""
+    """Cross entropy of every row by itself, [T] in fp32 or fp64, without gradients. Arguments as above."""
     chunk_size = chunk_size or max(1, hidden_TD.shape[0])
     parts = [
-        F.cross_entropy(F.linear(hidden, weight_VD).float(), labels, reduction="none")
+        F.cross_entropy(at_least_fp32(F.linear(hidden, weight_VD)), labels, reduction="none")
         for hidden, labels in zip(hidden_TD.split(chunk_size), labels_T.split(chunk_size), strict=True)
     ]
-    return torch.cat(parts) if parts else hidden_TD.new_zeros(0, dtype=torch.float32)
+    return torch.cat(parts) if parts else at_least_fp32(hidden_TD.new_zeros(0))
 
 
 def reference(hidden_TD: Tensor, weight_VD: Tensor, labels_T: Tensor) -> Tensor:
     """The specification, with all logits at once."""
-    return F.cross_entropy(F.linear(hidden_TD, weight_VD).float(), labels_T)
+    return F.cross_entropy(at_least_fp32(F.linear(hidden_TD, weight_VD)), labels_T)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -52,13 +54,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ctx: Any, hidden_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, chunk_size: int, wants_grad: bool
     ) -> Tensor:
         rows = hidden_TD.shape[0]
-        total = hidden_TD.new_zeros((), dtype=torch.float32)
+        total = at_least_fp32(hidden_TD.new_zeros(()))
         d_hidden = torch.empty_like(hidden_TD) if wants_grad else None
-        # The weight's gradient is a sum over chunks, so it is kept in fp32 whatever the weight's dtype.
-        d_weight = torch.zeros_like(weight_VD, dtype=torch.float32) if wants_grad else None
+        # The weight's gradient is a sum over chunks, so it is kept in fp32 where the weight is in less.
+        d_weight = torch.zeros_like(weight_VD, dtype=total.dtype) if wants_grad else None
         for start in range(0, rows, chunk_size):
             block = slice(start, start + chunk_size)
-            logits = torch.mm(hidden_TD[block], weight_VD.t()).float()
+            logits = at_least_fp32(torch.mm(hidden_TD[block], weight_VD.t()))
             labels = labels_T[block, None]
             log_norm = logits.logsumexp(-1, keepdim=True)
             total += (log_norm - logits.gather(1, labels)).sum()

@@ -72,11 +72,16 @@ def gather_objects(value: Result) -> list[Result]:
 def reduce_dict(
     values: Mapping[str, Tensor], group: ProcessGroup | None, how: Literal["sum", "max"] = "sum"
 ) -> dict[str, Tensor]:
-    """All-reduce a dictionary of fp32 tensors as one message. Every rank passes the same names and shapes."""
+    """All-reduce a dictionary of tensors as one message, in fp64 if any of them is, else in fp32.
+
+    Every rank passes the same names, shapes and dtypes.
+    """
     names = sorted(values)
     if not names or world_size(group) == 1:
         return dict(values)
-    flat = torch.cat([values[name].reshape(-1).float() for name in names])
+    # Not at_least_fp32: ops/ stands beside this room.
+    dtype = torch.float64 if any(value.dtype == torch.float64 for value in values.values()) else torch.float32
+    flat = torch.cat([values[name].reshape(-1).to(dtype) for name in names])
     dist.all_reduce(flat, op=dist.ReduceOp.SUM if how == "sum" else dist.ReduceOp.MAX, group=group)
     pieces = flat.split([values[name].numel() for name in names])
     return {name: piece.view(values[name].shape) for name, piece in zip(names, pieces, strict=True)}

@@ -34,7 +34,7 @@ class Engine:
 
     Args:
         config: the run.
-        model: this rank's shard, already initialised; the engine takes it over.
+        model: this rank's shard in fp32, already initialised; the engine takes it over and gives it its precision.
         groups: the process groups of the run.
     """
 
@@ -44,6 +44,8 @@ class Engine:
         check_version(importlib.metadata.version("deepspeed"))
         _prepare_deepspeed()
         register_expert_groups(groups)
+        if config.training.precision == "fp64":
+            model.double()
         self.config, self.groups = config, groups
         self.optimizer = _build_optimizer(model, config)
         self._clipped_norm: Tensor | None = None
@@ -55,6 +57,8 @@ class Engine:
             config=deepspeed_config(config, groups.topology.world_size),
             dist_init_required=False,
         )
+        if config.training.precision == "fp64":
+            _reduce_in_fp64(self._engine)
         # The engine writes curves of its own over samples; Weights & Biases then refuses ours, which are over steps.
         self._monitor, self._engine.monitor = self._engine.monitor, SimpleNamespace(enabled=False)
         self._check_moe_seen(model)
@@ -239,6 +243,17 @@ def _prepare_deepspeed() -> None:
     # Compiled with the first process group (22 s), used by inference only; a process killed meanwhile leaves a lock
     # behind that makes every later start wait for ever without a message.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def _reduce_in_fp64(engine: Any) -> None:
+    """DeepSpeed would refuse fp64 gradients, which its accelerators do not list, and reduce them in fp32."""
+    from deepspeed.accelerator import get_accelerator
+
+    accelerator = get_accelerator()
+    listed = accelerator.supported_dtypes()
+    if torch.float64 not in listed:  # listed twice, they would be reduced twice
+        accelerator.supported_dtypes = lambda: [*listed, torch.float64]
+    engine.communication_data_type = torch.float64
 
 
 def _build_optimizer(model: nn.Module, config: RunConfig) -> torch.optim.Optimizer:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from megamoe.moe.marker import is_expert
+from megamoe.ops.precision import at_least_fp32
 from megamoe.parallel.collectives import all_reduce_sum
 from megamoe.parallel.groups import Groups
 
@@ -19,10 +20,10 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float, groups: 
     group, and their squared norms are summed over it. Every rank gets the same norm.
 
     Returns:
-        The norm before clipping, fp32 scalar.
+        The norm before clipping, fp32 scalar; fp64 where gradients are.
     """
     gradients = [(is_expert(p), p.grad) for p in parameters if p.grad is not None]
-    zero = torch.zeros((), device=gradients[0][1].device if gradients else None)
+    zero = at_least_fp32(gradients[0][1]).new_zeros(()) if gradients else torch.zeros(())
     dense, expert = (_squared_norm([g for e, g in gradients if e is kind], zero) for kind in (False, True))
     all_reduce_sum(expert, groups.ep.handle)
     norm = (dense + expert).sqrt()
@@ -34,4 +35,4 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float, groups: 
 
 
 def _squared_norm(gradients: list[Tensor], zero: Tensor) -> Tensor:
-    return torch.stack([zero, *(g.float().square().sum() for g in gradients)]).sum()
+    return torch.stack([zero, *(at_least_fp32(g).square().sum() for g in gradients)]).sum()

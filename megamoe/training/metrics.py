@@ -69,17 +69,31 @@ class Accumulator:
             _add(self.means if reduction == "mean" else self.sums, name, value)
 
     def reduce(self, group: ProcessGroup, interrupted: bool = False) -> StepMetrics:
-        """Combine micro-batches and the ranks of the data-parallel group. Collective; two small all-reduces."""
+        """Combine micro-batches and the ranks of the data-parallel group. Collective; two small all-reduces.
+
+        The results lie on the host: this is the one place of a step that waits for the device.
+        """
         share = 1.0 / (max(1, self.count) * world_size(group))
         means = {f"mean/{name}": value * share for name, value in self.means.items()}
         added = reduce_dict(means | {f"sum/{name}": value for name, value in self.sums.items()}, group)
         flag = torch.tensor(float(interrupted), device=next(iter(self.means.values())).device)
         largest = reduce_dict(self.maxima | {INTERRUPTED: flag}, group, "max")
+        added, largest = on_host(added), on_host(largest)
         stop = bool(largest.pop(INTERRUPTED) > 0)
         values = {name.removeprefix("mean/"): v for name, v in added.items() if name.startswith("mean/")}
         sums = {name.removeprefix("sum/"): v for name, v in added.items() if name.startswith("sum/")}
         values |= {name: v for name, v in sums.items() if name.startswith("layers.")} | largest
         return StepMetrics(values, _by_layer(sums), stop)
+
+
+def on_host(values: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same values on the CPU, in one transfer."""
+    if not values or next(iter(values.values())).device.type == "cpu":
+        return values
+    pieces = (
+        torch.cat([v.reshape(-1).double() for v in values.values()]).cpu().split([v.numel() for v in values.values()])
+    )
+    return {n: piece.view(v.shape).to(v.dtype) for (n, v), piece in zip(values.items(), pieces, strict=True)}
 
 
 def _add(into: dict[str, Tensor], name: str, value: Tensor) -> None:

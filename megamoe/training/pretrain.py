@@ -15,7 +15,7 @@ from megamoe.data.loader import BatchLoader
 from megamoe.data.manifest import Manifest, check_prepared
 from megamoe.model.decoder import Decoder
 from megamoe.model.initialise import initialise
-from megamoe.moe.layer import ExpertParallel
+from megamoe.moe.layer import MoELayer
 from megamoe.ops.expert_ffn import EXPERT_FFN
 from megamoe.parallel import collectives
 from megamoe.training import random_state
@@ -27,7 +27,7 @@ from megamoe.training.interrupt import catch_signals, leave_at_once
 from megamoe.training.loop import Loop
 from megamoe.training.monitors import monitors
 from megamoe.training.run_folder import MetricsFile, open_run_folder, write_config
-from megamoe.training.setup import Runtime, distributed
+from megamoe.training.setup import Runtime, distributed, expert_parallel
 from megamoe.training.state import TrainState
 
 log = get_logger("megamoe.pretrain")
@@ -75,12 +75,22 @@ def pretrain(config: RunConfig, world_size: int) -> TrainState:
 def build_engine(config: RunConfig, runtime: Runtime, vocab_size: int) -> Engine:
     """The initialised model of this rank inside the engine."""
     groups = runtime.groups
-    model = Decoder(config, vocab_size, ExpertParallel(groups.ep.size, groups.ep.place, groups.ep.handle))
+    model = Decoder(config, vocab_size, expert_parallel(groups))
     initialise(model, config.model, config.training.seed)
     engine = Engine(config, model.to(runtime.device), groups)
     parameter = next(engine.model.parameters())
     log.info("%s", EXPERT_FFN.choose(config.ops.expert_ffn, parameter.device, parameter.dtype))
+    for remark in _remarks(config, engine.model):
+        log.info("%s", remark)
     return engine
+
+
+def _remarks(config: RunConfig, model: Decoder) -> list[str]:
+    """What a user should know about the settings of routing."""
+    unused = sorted(config.moe.capacity.model_fields_set - {"mode"}) if config.moe.capacity.mode == "dropless" else []
+    lines = [f"moe.capacity.{name}: has no effect with mode dropless" for name in unused]
+    layers = [module for module in model.modules() if isinstance(module, MoELayer)]
+    return lines + (layers[0].router.remarks() if layers else [])
 
 
 def _open(config: RunConfig, runtime: Runtime) -> Path:

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from megamoe.common import env
 from megamoe.common.errors import LostPeerError, TopologyError
 from megamoe.config.parallel import ParallelConfig
+from megamoe.moe.placement import ExpertParallel
 from megamoe.parallel.groups import Groups, build_groups
 from megamoe.parallel.topology import Topology
 
@@ -71,6 +72,13 @@ def _naming_lost_peers() -> Iterator[None]:
             expected="all ranks running, each collective within training.timeout_minutes",
             todo="look for the first error of the other ranks; a rank killed by the system (memory) leaves none",
         ) from error
+
+
+def expert_parallel(groups: Groups) -> ExpertParallel:
+    """This rank's place among the experts. Nodes hold equally many consecutive ranks, as launchers place them."""
+    per_node = env.local_world_size()
+    node = tuple(place for place, rank in enumerate(groups.ep.ranks) if rank // per_node == groups.rank // per_node)
+    return ExpertParallel(groups.ep.size, groups.ep.place, groups.ep.handle, node)
 
 
 def _join(device: torch.device, timeout: timedelta) -> None:

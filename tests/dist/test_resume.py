@@ -22,6 +22,7 @@ from megamoe.training.pretrain import pretrain
 LAYOUTS = [
     pytest.param(1, 1, 0, (), id="one_rank"),
     pytest.param(2, 2, 0, (), id="ep2_zero0"),
+    pytest.param(2, 2, 0, ("training.precision=fp64", "moe.router.type=resonance"), id="ep2_zero0_fp64"),
     pytest.param(2, 2, 1, ("moe.router.type=resonance",), id="ep2_zero1_resonance"),
     pytest.param(2, 2, 1, ("training.precision=bf16", "moe.router.type=resonance"), id="ep2_zero1_bf16"),
     pytest.param(2, 2, 2, ("moe.router.score=sigmoid", "moe.router.bias_update_rate=0.01"), id="ep2_zero2_bias"),

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # The tiny recipe with both routers, on two ranks (EP 2) and on one, each for its default number of steps; then a table
-# and a plot of the four runs. About 6 minutes on 2 cores, after `bash launch/quickstart.sh` has prepared the data.
+# and a plot of the four runs; then both layouts once more in fp64, to see how long they stay equal. About 6
+# and 9 minutes on 2 cores, after `bash launch/quickstart.sh` has prepared the data.
 #
 #   bash configs/reproduce/tiny/run.sh [folder for the runs, default runs/reproduce_tiny]
 set -euo pipefail
@@ -17,3 +18,4 @@ for router in topk resonance; do
     done
 done
 python configs/reproduce/tiny/summarise.py "$runs" configs/reproduce/tiny
+python configs/reproduce/tiny/layouts.py configs/reproduce/tiny

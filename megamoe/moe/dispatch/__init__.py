@@ -7,16 +7,17 @@ import torch.distributed as dist
 from megamoe.moe.dispatch.all_to_all import AllToAllDispatcher
 from megamoe.moe.dispatch.base import Dispatcher
 from megamoe.moe.dispatch.local import LocalDispatcher
+from megamoe.moe.dispatch.padded import PaddedDispatcher
 
 
 def build_dispatcher(name: str, group: dist.ProcessGroup | None) -> Dispatcher:
     """The dispatcher called `name` (`moe.dispatcher`) over an expert-parallel group; None is a group of this rank.
 
-    `auto` takes all_to_all where the group has more than one rank.
+    `auto` takes padded where the group has more than one rank, which is all_to_all for plans without a capacity.
     """
     spread = group is not None and dist.get_world_size(group) > 1
-    if group is not None and (name == "all_to_all" or (name == "auto" and spread)):
-        return AllToAllDispatcher(group)
-    if name == "all_to_all":
-        raise ValueError("all_to_all needs a process group")
-    return LocalDispatcher()
+    if name == "local" or (name == "auto" and not spread):
+        return LocalDispatcher()
+    if group is None:
+        raise ValueError(f"{name} needs a process group")
+    return AllToAllDispatcher(group) if name == "all_to_all" else PaddedDispatcher(group)

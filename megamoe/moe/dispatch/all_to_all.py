@@ -45,7 +45,7 @@ class AllToAllDispatcher(Dispatcher):
         sent_AD, splits = gather_rows(rows_TD, plan.token_ids_A), (exchange.send_splits, exchange.receive_splits)
         arrived_RD, arrived_R = _ExchangeTogether.apply(sent_AD, plan.weights_A, *splits, self.group)
         weights_R = gather_rows(arrived_R, exchange.expert_order_R)
-        handle = DispatchHandle(weights_R, plan, rows_TD.shape[0], exchange)
+        handle = DispatchHandle(weights_R, plan, rows_TD.shape[0], exchange, self._sent_bytes(exchange, rows_TD, plan))
         return gather_rows(arrived_RD, exchange.expert_order_R), received_PL.sum(0), handle
 
     def combine(self, rows_RD: Tensor, handle: DispatchHandle) -> Tensor:
@@ -53,6 +53,15 @@ class AllToAllDispatcher(Dispatcher):
         arrival_RD = sum_rows(rows_RD, exchange.expert_order_R, rows_RD.shape[0])
         home_AD = _AllToAll.apply(arrival_RD, exchange.receive_splits, exchange.send_splits, self.group)
         return sum_rows(home_AD, handle.plan.token_ids_A, handle.num_rows)
+
+    def _sent_bytes(self, exchange: _Exchange, rows_TD: Tensor, plan: RoutingPlan) -> int:
+        """Rows with their weights to other ranks, results back to them, and the counts."""
+        me, width = dist.get_rank(self.group), rows_TD.shape[1]
+        there = sum(exchange.send_splits) - exchange.send_splits[me]
+        back = sum(exchange.receive_splits) - exchange.receive_splits[me]
+        values = there * (width + packed_width(rows_TD, plan.weights_A)) + back * width
+        counts = len(plan.rows_per_expert_E) // self.num_ranks * (self.num_ranks - 1) * 8
+        return values * rows_TD.element_size() + counts
 
 
 def expert_order(received_PL: Tensor) -> Tensor:
@@ -95,24 +104,29 @@ class _ExchangeTogether(torch.autograd.Function):
         ctx: Any, rows: Tensor, values: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup
     ) -> tuple[Tensor, Tensor]:
         ctx.send, ctx.receive, ctx.group = send, receive, group
-        return _unpack(_all_to_all(_pack(rows, values), send, receive, group), rows.shape[1], values.dtype)
+        return unpack(_all_to_all(pack(rows, values), send, receive, group), rows.shape[1], values.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         rows, values = grads
-        returned = _all_to_all(_pack(rows, values), ctx.receive, ctx.send, ctx.group)
-        return *_unpack(returned, rows.shape[1], values.dtype), None, None, None
+        returned = _all_to_all(pack(rows, values), ctx.receive, ctx.send, ctx.group)
+        return *unpack(returned, rows.shape[1], values.dtype), None, None, None
 
 
-def _pack(rows: Tensor, values: Tensor) -> Tensor:
+def pack(rows: Tensor, values: Tensor) -> Tensor:
     """Rows [A, D] and the bits of a value each in further columns of the rows' dtype."""
     if rows.dtype.itemsize > values.dtype.itemsize:
         values = values.to(rows.dtype)  # float64 rows, in tests: wider, so nothing is lost
     return torch.cat([rows, values.contiguous().view(-1, 1).view(rows.dtype)], dim=1)
 
 
-def _unpack(packed: Tensor, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def packed_width(rows: Tensor, values: Tensor) -> int:
+    """Columns that `pack` adds."""
+    return max(1, values.element_size() // rows.element_size())
+
+
+def unpack(packed: Tensor, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """What was packed: rows of that width, values of that dtype."""
     columns = packed[:, width:].flatten()
     values = columns.to(dtype) if packed.dtype.itemsize > dtype.itemsize else columns.view(dtype)

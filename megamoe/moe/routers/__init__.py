@@ -2,15 +2,40 @@
 
 from __future__ import annotations
 
-from megamoe.config.moe import MoEConfig, TopKRouterConfig
-from megamoe.moe.routers.base import Router
+from megamoe.config.moe import CapacityConfig
+from megamoe.config.routers import (
+    BalancedRouterConfig,
+    ExpertChoiceRouterConfig,
+    HashRouterConfig,
+    ResonanceRouterConfig,
+    RouterConfig,
+    SinkhornRouterConfig,
+    TopKRouterConfig,
+)
+from megamoe.moe.placement import ALONE, ExpertParallel
+from megamoe.moe.routers.balanced import BalancedRouter
+from megamoe.moe.routers.base import Router, RouterSize
+from megamoe.moe.routers.expert_choice import ExpertChoiceRouter
+from megamoe.moe.routers.hash import HashRouter
 from megamoe.moe.routers.resonance import ResonanceRouter
+from megamoe.moe.routers.sinkhorn import SinkhornRouter
 from megamoe.moe.routers.topk import TopKRouter
 
+__all__ = ["Router", "RouterSize", "build_router"]
 
-def build_router(config: MoEConfig, hidden_size: int) -> Router:
-    """The router that `moe.router` describes, for rows of width D."""
-    sizes = (hidden_size, config.num_experts, config.top_k, config.capacity)
-    if isinstance(config.router, TopKRouterConfig):
-        return TopKRouter(config.router, *sizes)
-    return ResonanceRouter(config.router, *sizes)
+ROUTERS: dict[type, type] = {
+    TopKRouterConfig: TopKRouter,
+    ResonanceRouterConfig: ResonanceRouter,
+    ExpertChoiceRouterConfig: ExpertChoiceRouter,
+    SinkhornRouterConfig: SinkhornRouter,
+    HashRouterConfig: HashRouter,
+    BalancedRouterConfig: BalancedRouter,
+}
+
+
+def build_router(
+    config: RouterConfig, size: RouterSize, capacity: CapacityConfig, ep: ExpertParallel = ALONE
+) -> Router:
+    """The router that `moe.router` describes."""
+    router: Router = ROUTERS[type(config)](config, size, capacity, ep)
+    return router

@@ -1,16 +1,54 @@
-"""What every router is, and the two steps they share: the plan from the choices, and the balance statistics."""
+"""What every router is, and the steps they share: expert choice, the plan's order, losses and statistics."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from megamoe.config.moe import CapacityConfig, ResonanceRouterConfig, TopKRouterConfig
-from megamoe.moe import losses
-from megamoe.moe.capacity import keep_within, static_capacity
-from megamoe.moe.types import Reduction, RoutingPlan
+from megamoe.config.moe import CapacityConfig
+from megamoe.config.ops import OpsConfig
+from megamoe.config.routers import AuxiliaryLosses
+from megamoe.moe import losses, stats
+from megamoe.moe.bounds import Limits, build_bound
+from megamoe.moe.capacity import keep_within
+from megamoe.moe.placement import ALONE, ExpertParallel
+from megamoe.moe.stats import Metrics
+from megamoe.moe.types import RoutingPlan
+
+
+class RouterSize(NamedTuple):
+    """What a router is built for."""
+
+    hidden_size: int
+    num_experts: int
+    top_k: int
+    vocab_size: int = 0
+    """Needed by routers that look at the token itself (hash)."""
+    ops: OpsConfig = OpsConfig()
+    """Which implementations to compute with."""
+
+
+class Choice(NamedTuple):
+    """What the tokens want, before any expert has a say."""
+
+    expert_ids_TK: Tensor
+    """int64 [T, K], by the token's preference."""
+    weights_TK: Tensor
+    """fp32 [T, K]: gate weights, differentiable."""
+    affinity_TK: Tensor
+    """fp32 [T, K]: what an expert over capacity compares."""
+
+
+class Outcome(NamedTuple):
+    """What a router computed besides the choice; goes into the plan as it is."""
+
+    logits_TE: Tensor
+    losses: dict[str, Tensor]
+    observations: dict[str, Tensor]
+    metrics: Metrics
 
 
 class Router(nn.Module, ABC):
@@ -19,84 +57,108 @@ class Router(nn.Module, ABC):
     Running statistics are fp32 buffers. `forward` only observes (`plan.observations`); the training step sums the
     observations over micro-batches and ranks and calls `update` once per optimizer step, so recomputation and
     evaluation cannot move them.
+
+    Expert choice (capacity, threshold) looks across the batch and at later positions, so it is neither causal nor
+    independent of the batch; it therefore shapes training only, and evaluation is dropless.
+
+    Args:
+        size: the model around it.
+        capacity: how many tokens an expert may keep.
+        ep: where the experts are; for what a router knows about nodes and for choices across ranks.
     """
 
-    num_experts: int
-    top_k: int
-    capacity: CapacityConfig
+    def __init__(self, size: RouterSize, capacity: CapacityConfig, ep: ExpertParallel = ALONE) -> None:
+        super().__init__()
+        self.hidden_size, self.num_experts, self.top_k = size.hidden_size, size.num_experts, size.top_k
+        self.capacity, self.ep = capacity, ep
+        self.bound = build_bound(capacity, size.num_experts, size.top_k, size.hidden_size)
+        on_node = ep.on_node(size.num_experts)
+        self.all_on_node = all(on_node)
+        self.register_buffer("on_node_E", torch.tensor(on_node), persistent=False)
+
+    on_node_E: Tensor
 
     @abstractmethod
-    def forward(self, rows_TD: Tensor) -> RoutingPlan: ...
+    def forward(self, rows_TD: Tensor, token_ids_T: Tensor | None = None) -> RoutingPlan:
+        """The plan of T rows; `token_ids_T` int64 are their vocabulary entries, for routers that want them."""
 
     def update(self, observations: dict[str, Tensor]) -> None:
         """Move the running statistics by one optimizer step.
 
         Args:
-            observations: the sums over the whole global batch, named as in `plan.observations`.
+            observations: the sums over the whole global batch, on the host, named as in `plan.observations`.
         """
-        return None
+        if self.bound is not None:
+            self.bound.update(observations)
 
-    def capacity_for(self, num_tokens: int) -> int | None:
-        """Rows an expert may keep of one micro-batch, or None for no bound. Evaluation is always dropless.
+    def remarks(self) -> list[str]:
+        """What a user should know about these settings, said once at start."""
+        return []
 
-        Step 2 looks across the batch and at later positions, so it is neither causal nor independent of the batch;
-        it therefore shapes training only.
-        """
-        if not self.training or self.capacity.mode == "dropless":
+    def limits(self, num_tokens: int) -> Limits | None:
+        """What expert choice may keep of a micro-batch of T rows; None: everything."""
+        if self.bound is None or not self.training:
             return None
-        return static_capacity(num_tokens, self.num_experts, self.top_k, self.capacity.factor)
+        return self.bound.limits(num_tokens, self.on_node_E.device)
 
-    def make_plan(
-        self,
-        logits_TE: Tensor,
-        expert_ids_TK: Tensor,
-        weights_TK: Tensor,
-        affinity_TK: Tensor,
-        loss_terms: dict[str, Tensor],
-        observations: dict[str, Tensor],
-        metrics: dict[str, tuple[Tensor, Reduction]],
-        threshold: float = 1.0,
-    ) -> RoutingPlan:
-        """The plan of the tokens' choices after expert choice (capacity and threshold).
+    def make_plan(self, choice: Choice, outcome: Outcome, threshold: float = 1.0) -> RoutingPlan:
+        """The plan of the tokens' choices after expert choice.
 
         Args:
-            logits_TE: fp32 [T, E]. expert_ids_TK, weights_TK, affinity_TK: [T, K], by the token's preference.
             threshold: tau of :func:`keep_within`, applied in training only.
         """
-        num_tokens, top_k = expert_ids_TK.shape
-        experts_A, weights_A = expert_ids_TK.reshape(-1), weights_TK.reshape(-1)
-        tokens_A = torch.arange(num_tokens * top_k, device=logits_TE.device) // top_k
-        capacity, threshold = self.capacity_for(num_tokens), threshold if self.training else 1.0
-        if capacity is not None or threshold < 1.0:
-            kept_A = keep_within(
-                affinity_TK.detach().reshape(-1),
-                experts_A,
-                self.num_experts,
-                capacity=capacity,
-                threshold=threshold,
-                drop=self.capacity.drop,
-            )
+        num_tokens, top_k = choice.expert_ids_TK.shape
+        experts_A, weights_A = choice.expert_ids_TK.reshape(-1), choice.weights_TK.reshape(-1)
+        tokens_A = torch.arange(num_tokens * top_k, device=experts_A.device) // top_k
+        limits, threshold = self.limits(num_tokens), threshold if self.training else 1.0
+        if limits is not None or threshold < 1.0:
+            kept_A = self.keep(choice, limits, threshold)
             experts_A, weights_A, tokens_A = experts_A[kept_A], weights_A[kept_A], tokens_A[kept_A]
+        return self.assemble(tokens_A, experts_A, weights_A, outcome, num_tokens, limits)
+
+    def keep(self, choice: Choice, limits: Limits | None, threshold: float) -> Tensor:
+        """Which choices the experts keep: bool [T * K]."""
+        return keep_within(
+            choice.affinity_TK.detach().reshape(-1),
+            choice.expert_ids_TK.reshape(-1),
+            self.num_experts,
+            capacity_E=limits.per_expert_E if limits is not None else None,
+            threshold=threshold,
+            drop=self.capacity.drop,
+        )
+
+    def assemble(
+        self,
+        tokens_A: Tensor,
+        experts_A: Tensor,
+        weights_A: Tensor,
+        outcome: Outcome,
+        num_tokens: int,
+        limits: Limits | None,
+    ) -> RoutingPlan:
+        """Put assignments, which come in the order of their tokens (per expert), into the plan's order; describe it."""
         experts_A, order_A = torch.sort(experts_A, stable=True)
-        rows_per_expert_E = count(experts_A, self.num_experts)
-        metrics |= dispatch_metrics(rows_per_expert_E, tokens_A, num_tokens, top_k)
+        tokens_A, rows_per_expert_E = tokens_A[order_A], count(experts_A, self.num_experts)
+        on_node_E = None if self.all_on_node else self.on_node_E
+        metrics = stats.dispatch_metrics(rows_per_expert_E, tokens_A, num_tokens, self.top_k, on_node_E)
+        if limits is not None and self.bound is not None:
+            metrics["capacity"] = (limits.per_expert_E.float(), "mean")
+            metrics |= {name: (value, "mean") for name, value in self.bound.metrics().items()}
         return RoutingPlan(
-            token_ids_A=tokens_A[order_A],
+            token_ids_A=tokens_A,
             expert_ids_A=experts_A,
             weights_A=weights_A[order_A],
             rows_per_expert_E=rows_per_expert_E,
-            logits_TE=logits_TE,
-            losses=loss_terms,
-            observations=observations,
-            metrics=metrics,
+            logits_TE=outcome.logits_TE,
+            losses=outcome.losses,
+            observations=outcome.observations,
+            metrics=outcome.metrics | metrics,
+            capacity=limits.slots if limits is not None else None,
         )
 
 
 def auxiliary_losses(
-    config: TopKRouterConfig | ResonanceRouterConfig,
-    probs_TE: Tensor,
-    logits_TE: Tensor,
-    chosen_per_expert_E: Tensor,
+    config: AuxiliaryLosses, probs_TE: Tensor, logits_TE: Tensor, chosen_per_expert_E: Tensor
 ) -> dict[str, Tensor]:
     """The losses every router may have, multiplied by their coefficients; those with coefficient 0 are left out."""
     terms = {}
@@ -111,18 +173,3 @@ def count(expert_ids: Tensor, num_experts: int) -> Tensor:
     """How often each expert occurs, int64 [E]."""
     flat = expert_ids.reshape(-1)
     return torch.zeros(num_experts, dtype=torch.int64, device=flat.device).scatter_add_(0, flat, torch.ones_like(flat))
-
-
-def dispatch_metrics(
-    rows_per_expert_E: Tensor, token_ids_A: Tensor, num_tokens: int, top_k: int
-) -> dict[str, tuple[Tensor, Reduction]]:
-    """Load and losses of the plan: share of dropped choices, of tokens without any expert, the largest load."""
-    chosen = max(1, num_tokens * top_k)
-    served_T = torch.zeros(num_tokens, device=token_ids_A.device).index_fill_(0, token_ids_A, 1.0)
-    load_E = rows_per_expert_E.float() * (len(rows_per_expert_E) / chosen)
-    return {
-        "drop_share": ((num_tokens * top_k - rows_per_expert_E.sum()) / chosen, "mean"),
-        "unserved_share": ((num_tokens - served_T.sum()) / max(1, num_tokens), "mean"),
-        "max_load": (load_E.max(), "max"),
-        "load": (load_E, "mean"),
-    }

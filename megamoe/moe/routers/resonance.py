@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megamoe.config.moe import CapacityConfig, ResonanceRouterConfig
-from megamoe.moe import losses
-from megamoe.moe.routers.base import Router, auxiliary_losses, count
+from megamoe.config.derive import scale_limits
+from megamoe.config.moe import CapacityConfig
+from megamoe.config.routers import ResonanceRouterConfig
+from megamoe.moe import losses, stats
+from megamoe.moe.bounds import Limits
+from megamoe.moe.placement import ALONE, ExpertParallel
+from megamoe.moe.routers.base import Choice, Outcome, Router, RouterSize, auxiliary_losses, count
 from megamoe.moe.types import RoutingPlan
+from megamoe.ops.affinity import GRAP_AFFINITY, GrapAffinity
+from megamoe.ops.precision import at_least_fp32
+from megamoe.parallel import collectives
 
 
 class ResonanceRouter(Router):
@@ -35,93 +40,124 @@ class ResonanceRouter(Router):
     slice_mask_ED: Tensor
 
     def __init__(
-        self,
-        config: ResonanceRouterConfig,
-        hidden_size: int,
-        num_experts: int,
-        top_k: int,
-        capacity: CapacityConfig,
+        self, config: ResonanceRouterConfig, size: RouterSize, capacity: CapacityConfig, ep: ExpertParallel = ALONE
     ) -> None:
-        super().__init__()
-        self.config, self.num_experts, self.top_k, self.capacity = config, num_experts, top_k, capacity
-        self.hidden_size = hidden_size
+        super().__init__(size, capacity, ep)
+        self.config, self.ops = config, size.ops
         self.centre = config.affinity != "cosine" if config.centre is None else config.centre
-        default = 14.0 if config.affinity == "cosine" else 2.0 * math.sqrt(hidden_size)
-        self.initial_scale = config.scale_init or default
+        self.least_scale, self.initial_scale, self.most_scale = scale_limits(config, size.hidden_size)
         if config.affinity == "cosine":
-            self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
+            self.weight = nn.Parameter(torch.empty(size.num_experts, size.hidden_size))
         elif config.affinity == "grap_learned":
-            self.slice_values = nn.Parameter(torch.empty(hidden_size))
+            self.slice_values = nn.Parameter(torch.empty(size.hidden_size))
         if config.learn_scale:
             self.log_scale = nn.Parameter(torch.empty(1))
-        self.register_buffer("token_mean_D", torch.zeros(hidden_size, dtype=torch.float32))
-        self.register_buffer("slice_mask_ED", slice_mask(num_experts, hidden_size), persistent=False)
+        self.register_buffer("token_mean_D", torch.zeros(size.hidden_size, dtype=torch.float32))
+        self.register_buffer("slice_mask_ED", slice_mask(size.num_experts, size.hidden_size), persistent=False)
 
     def expert_vectors(self) -> Tensor:
         """Unit expert vectors, fp32 [E, D]."""
         if self.config.affinity == "cosine":
-            return F.normalize(self.weight.float(), dim=-1)
-        mask_ED = self.slice_mask_ED.float()
+            return F.normalize(at_least_fp32(self.weight), dim=-1)
+        mask_ED = self.slice_mask_ED
         if self.config.affinity == "grap_learned":
-            mask_ED = mask_ED * self.slice_values.float()
+            mask_ED = mask_ED * at_least_fp32(self.slice_values)
         return F.normalize(mask_ED, dim=-1)
 
     def scale(self) -> Tensor:
         """kappa, fp32 scalar."""
-        root = math.sqrt(self.hidden_size)
         if not self.config.learn_scale:
-            return torch.tensor(self.initial_scale, device=self.token_mean_D.device)
-        return self.log_scale.float().exp().clamp(root / 2, 16 * root).squeeze(0)
+            return torch.full((), self.initial_scale, device=self.token_mean_D.device, dtype=self.token_mean_D.dtype)
+        return at_least_fp32(self.log_scale).exp().clamp(self.least_scale, self.most_scale).squeeze(0)
 
-    def affinity(self, rows_TD: Tensor) -> Tensor:
-        """delta [T, E] in [-1, 1], fp32."""
-        rows_TD = rows_TD.float()
-        if self.centre:
-            rows_TD = rows_TD - self.token_mean_D.float()
-        length_T1 = rows_TD.norm(dim=-1, keepdim=True).clamp_min(1e-12)
-        return F.linear(rows_TD, self.expert_vectors()) / length_T1
+    def affinity(self, rows_TD: Tensor) -> tuple[Tensor, Tensor]:
+        """delta [T, E] in [-1, 1], and the sum of the rows [D]; fp32."""
+        mean_D = self.token_mean_D if self.centre else None
+        if self.config.affinity == "cosine":
+            rows_TD = at_least_fp32(rows_TD)
+            centred_TD = rows_TD if mean_D is None else rows_TD - mean_D
+            length_T1 = centred_TD.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+            return F.linear(centred_TD, self.expert_vectors()) / length_T1, rows_TD.detach().sum(0)
+        values_D = self.slice_values if self.config.affinity == "grap_learned" else None
+        return self.grap_affinity(rows_TD.device)(rows_TD, mean_D, values_D, self.num_experts)
 
-    def forward(self, rows_TD: Tensor) -> RoutingPlan:
-        affinity_TE = self.affinity(rows_TD)
-        logits_TE = self.scale() * affinity_TE
+    def grap_affinity(self, device: torch.device) -> GrapAffinity:
+        """The implementation of the op."""
+        return GRAP_AFFINITY.choose(self.ops.grap_affinity, device, self.token_mean_D.dtype).function
+
+    def forward(self, rows_TD: Tensor, token_ids_T: Tensor | None = None) -> RoutingPlan:
+        affinity_TE, row_sum_D = self.affinity(rows_TD)
+        kappa = self.scale()
+        logits_TE = kappa * affinity_TE
         probs_TE = logits_TE.softmax(-1)
         affinity_TK, expert_ids_TK = affinity_TE.detach().topk(self.top_k, dim=-1)
         weights_TK = probs_TE.gather(1, expert_ids_TK)
         if self.top_k > 1:
             weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True).clamp_min(1e-20)
-        return self.make_plan(
+        outcome = Outcome(
             logits_TE,
-            expert_ids_TK,
-            weights_TK,
-            affinity_TK,
-            loss_terms=self._losses(probs_TE, logits_TE, expert_ids_TK),
-            observations=self._observe(rows_TD),
+            losses=self._losses(probs_TE, logits_TE, expert_ids_TK),
+            observations=self._observe(row_sum_D, affinity_TE),
             metrics={
-                "router_entropy": (losses.entropy(probs_TE.detach()), "mean"),
-                "router_scale": (self.scale().detach(), "mean"),
+                "router_entropy": (losses.entropy(logits_TE.detach()), "mean"),
+                "router_scale": (kappa.detach(), "mean"),
+                "affinity_histogram": (stats.affinity_histogram(affinity_TK, self.hidden_size), "mean"),
             },
-            threshold=self.config.threshold,
         )
+        if self.config.affinity == "cosine":  # the others are orthogonal by construction
+            outcome.metrics["expert_similarity"] = (stats.expert_similarity(self.weight), "mean")
+        return self.make_plan(Choice(expert_ids_TK, weights_TK, affinity_TK), outcome, self.config.threshold)
+
+    def keep(self, choice: Choice, limits: Limits | None, threshold: float) -> Tensor:
+        if self.config.scope != "ep_group" or self.ep.size == 1:
+            return super().keep(choice, limits, threshold)
+        # The affinities of all ranks' tokens, in the order of the ranks; never their rows. All ranks hold T rows.
+        gathered = Choice(*(torch.cat(collectives.all_gather(x.detach(), self.ep.group)) for x in choice))
+        kept = super().keep(gathered, limits, threshold)
+        return kept.view(self.ep.size, -1)[self.ep.rank]
+
+    def limits(self, num_tokens: int) -> Limits | None:
+        if self.config.scope != "ep_group":
+            return super().limits(num_tokens)
+        limits = super().limits(num_tokens * self.ep.size)
+        # How an expert's share splits over the ranks is not known before they chose, so no rank's part is bounded.
+        return limits._replace(slots=None) if limits is not None and self.ep.size > 1 else limits
+
+    def remarks(self) -> list[str]:
+        lines = []
+        if self.config.locality_loss and self.all_on_node:
+            lines.append(
+                "moe.router.locality_loss: every expert is on this node, so it acts as one more balance loss only"
+            )
+        if self.config.scope == "local":
+            lines.append("moe.router.scope local: which tokens an expert keeps depends on the parallel layout")
+        return lines
 
     def _losses(self, probs_TE: Tensor, logits_TE: Tensor, expert_ids_TK: Tensor) -> dict[str, Tensor]:
         terms = auxiliary_losses(self.config, probs_TE, logits_TE, count(expert_ids_TK, self.num_experts))
         if self.config.orthogonality_loss and self.config.affinity == "cosine":
             terms["orthogonality_loss"] = self.config.orthogonality_loss * losses.orthogonality_loss(self.weight)
+        if self.config.locality_loss:
+            locality = losses.locality_loss(probs_TE, self.on_node_E, self.config.locality_smoothing)
+            terms["locality_loss"] = self.config.locality_loss * locality
         return terms
 
-    def _observe(self, rows_TD: Tensor) -> dict[str, Tensor]:
-        if not self.centre:
+    def _observe(self, row_sum_D: Tensor, affinity_TE: Tensor) -> dict[str, Tensor]:
+        if not self.training:
             return {}
-        rows_TD = rows_TD.detach().float()
-        return {"token_sum": rows_TD.sum(0), "token_count": rows_TD.new_tensor([float(len(rows_TD))])}
+        seen = self.bound.observe(affinity_TE) if self.bound is not None else {}
+        if self.centre:
+            seen |= {"token_sum": row_sum_D, "token_count": row_sum_D.new_full((1,), float(len(affinity_TE)))}
+        return seen
 
     def update(self, observations: dict[str, Tensor]) -> None:
+        super().update(observations)
         if "token_sum" not in observations:
             return
-        mean_D = observations["token_sum"] / observations["token_count"].clamp_min(1)
+        mean_D = (observations["token_sum"] / observations["token_count"].clamp_min(1)).to(self.token_mean_D)
         # A mean that was never set has no past to keep: the first observation is taken whole.
-        momentum = self.config.centre_momentum if bool(self.token_mean_D.any()) else 0.0
-        self.token_mean_D.mul_(momentum).add_(mean_D.to(self.token_mean_D), alpha=1.0 - momentum)
+        momentum = self.config.centre_momentum * self.token_mean_D.any().to(mean_D.dtype)
+        self.token_mean_D.lerp_(mean_D, 1.0 - momentum)
 
 
 def slice_mask(num_experts: int, hidden_size: int) -> Tensor:

@@ -6,56 +6,73 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megamoe.config.moe import CapacityConfig, TopKRouterConfig
-from megamoe.moe import losses
-from megamoe.moe.routers.base import Router, auxiliary_losses, count
+from megamoe.config.moe import CapacityConfig
+from megamoe.config.routers import TopKRouterConfig
+from megamoe.moe import losses, stats
+from megamoe.moe.placement import ALONE, ExpertParallel
+from megamoe.moe.routers.base import Choice, Outcome, Router, RouterSize, auxiliary_losses, count
 from megamoe.moe.types import RoutingPlan
+from megamoe.ops.precision import at_least_fp32
 
 
 class TopKRouter(Router):
     """Each token takes the K experts of highest score; the weights are the scores, normalised over the chosen.
 
     Selection may add a bias per expert that balances the load without a loss (arXiv 2408.15664): it counts in the
-    choice only, and moves by `bias_update_rate` towards the underloaded experts once per optimizer step.
+    choice only, and moves by `bias_update_rate` towards the underloaded experts once per optimizer step. It may be
+    limited to the best groups of consecutive experts (arXiv 2412.19437), so that a token reaches few nodes.
     """
 
     bias_E: Tensor
 
     def __init__(
-        self,
-        config: TopKRouterConfig,
-        hidden_size: int,
-        num_experts: int,
-        top_k: int,
-        capacity: CapacityConfig,
+        self, config: TopKRouterConfig, size: RouterSize, capacity: CapacityConfig, ep: ExpertParallel = ALONE
     ) -> None:
-        super().__init__()
-        self.config, self.num_experts, self.top_k, self.capacity = config, num_experts, top_k, capacity
-        self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
-        self.register_buffer("bias_E", torch.zeros(num_experts, dtype=torch.float32))
+        super().__init__(size, capacity, ep)
+        self.config = config
+        self.weight = nn.Parameter(torch.empty(size.num_experts, size.hidden_size))
+        self.register_buffer("bias_E", torch.zeros(size.num_experts, dtype=torch.float32))
 
-    def forward(self, rows_TD: Tensor) -> RoutingPlan:
+    def forward(self, rows_TD: Tensor, token_ids_T: Tensor | None = None) -> RoutingPlan:
         # In fp32 whatever the model's dtype: two experts' logits often differ by less than bf16 resolves.
-        logits_TE = F.linear(rows_TD.float(), self.weight.float())
+        logits_TE = F.linear(at_least_fp32(rows_TD), at_least_fp32(self.weight))
         scores_TE = logits_TE.softmax(-1) if self.config.score == "softmax" else logits_TE.sigmoid()
-        selection_TE = scores_TE.detach() + self.bias_E.float()
+        selection_TE = within_best_groups(scores_TE.detach() + self.bias_E, self.config)
         expert_ids_TK = selection_TE.topk(self.top_k, dim=-1).indices
-        weights_TK = scores_TE.gather(1, expert_ids_TK)
+        chosen_TK = scores_TE.gather(1, expert_ids_TK)
+        weights_TK = chosen_TK
         if self.config.score == "sigmoid" or (self.config.normalize_weights and self.top_k > 1):
-            weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True).clamp_min(1e-20)
+            weights_TK = chosen_TK / chosen_TK.sum(-1, keepdim=True).clamp_min(1e-20)
         probs_TE = scores_TE if self.config.score == "softmax" else F.normalize(scores_TE, p=1, dim=-1)
         chosen_E = count(expert_ids_TK, self.num_experts)
-        return self.make_plan(
+        outcome = Outcome(
             logits_TE,
-            expert_ids_TK,
-            weights_TK,
-            scores_TE.gather(1, expert_ids_TK),
-            loss_terms=auxiliary_losses(self.config, probs_TE, logits_TE, chosen_E),
+            losses=auxiliary_losses(self.config, probs_TE, logits_TE, chosen_E),
             observations={"chosen_per_expert": chosen_E.float()} if self.config.bias_update_rate else {},
-            metrics={"router_entropy": (losses.entropy(probs_TE.detach()), "mean")},
+            metrics={
+                "router_entropy": (losses.entropy(self._log_scores(logits_TE.detach())), "mean"),
+                "expert_similarity": (stats.expert_similarity(self.weight), "mean"),
+            },
         )
+        return self.make_plan(Choice(expert_ids_TK, weights_TK, chosen_TK), outcome)
+
+    def _log_scores(self, logits_TE: Tensor) -> Tensor:
+        return logits_TE if self.config.score == "softmax" else F.logsigmoid(logits_TE)
 
     def update(self, observations: dict[str, Tensor]) -> None:
+        super().update(observations)
         if "chosen_per_expert" in observations:
             chosen_E = observations["chosen_per_expert"]
-            self.bias_E += self.config.bias_update_rate * torch.sign(chosen_E.mean() - chosen_E).to(self.bias_E)
+            step_E = self.config.bias_update_rate * torch.sign(chosen_E.mean() - chosen_E)
+            self.bias_E.add_(step_E.to(self.bias_E))
+
+
+def within_best_groups(selection_TE: Tensor, config: TopKRouterConfig) -> Tensor:
+    """-inf for experts outside of a token's `top_groups` best groups; a group's rank is the sum of its two best."""
+    if config.top_groups >= config.num_groups:
+        return selection_TE
+    grouped_TGM = selection_TE.unflatten(-1, (config.num_groups, -1))
+    rank_TG = grouped_TGM.topk(min(2, grouped_TGM.shape[-1]), dim=-1).values.sum(-1)
+    best_TG = torch.zeros_like(rank_TG, dtype=torch.bool)
+    best_TG.scatter_(1, rank_TG.topk(config.top_groups, dim=-1).indices, True)
+    return grouped_TGM.masked_fill(~best_TG[..., None], -torch.inf).flatten(1)

@@ -14,6 +14,7 @@ import torch
 from megamoe.common.errors import CheckpointError, MegamoeError
 from megamoe.config import derive
 from megamoe.config.load import dump_config
+from megamoe.config.memory import FP32, WIDTH
 from megamoe.config.run import RunConfig
 from megamoe.parallel import collectives
 from megamoe.training import random_state
@@ -85,7 +86,9 @@ def _prepare(target: Path, config: RunConfig, vocab_size: int) -> None:
 def _estimate_bytes(config: RunConfig, vocab_size: int) -> int:
     """Our fp32 weights, the engine's weights, its fp32 masters and two moments; experts once, dense once."""
     total = derive.parameter_counts(config, vocab_size)["total"].total
-    return total * (4 + (4 if config.training.precision == "fp32" else 2) + 12)
+    width = WIDTH[config.training.precision]
+    states = 12 if width <= FP32 else 2 * width  # fp64 has no masters besides its weights
+    return total * (FP32 + width + states)
 
 
 def _write(engine: Engine, target: Path, config: RunConfig, tokenizer: Path) -> dict[str, folders.FileEntry]:

@@ -1,7 +1,8 @@
 """Weights and running statistics by global name, independent of the layout over ranks.
 
 `dense.pt` holds everything that is equal on all ranks; `experts_<first>_<last>.pt` the stacked experts first ... last
-of every MoE block. Any number of ranks can read them.
+of every MoE block. Any number of ranks can read them. Always fp32, also of a run in bf16 or fp64, because they are for
+evaluation and generation; a run goes on from DeepSpeed's files, which keep every bit.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ def save_weights(
     """Write this rank's part.
 
     Args:
-        weights: (name, fp32 tensor) of every parameter; a collective, so it is consumed on every rank.
+        weights: (name, tensor) of every parameter in full precision; a collective, so it is consumed on every rank.
         dense: whether this rank writes what is equal on all ranks.
         experts: whether this rank writes its experts (one rank of those that hold the same ones).
     """
@@ -34,10 +35,10 @@ def save_weights(
     for name, tensor in weights:
         is_expert = name.rpartition(".")[0] in prefixes
         if experts if is_expert else dense:
-            mine[is_expert][name] = tensor.detach().float().cpu().clone()
+            mine[is_expert][name] = _portable(tensor)
     (folder / FOLDER).mkdir(parents=True, exist_ok=True)
     if dense:
-        statistics = {name: buffer.cpu() for name, buffer in model.state_dict().items() if _is_buffer(model, name)}
+        statistics = {name: _portable(buffer) for name, buffer in model.state_dict().items() if _is_buffer(model, name)}
         torch.save(mine[False] | statistics, folder / FOLDER / "dense.pt")
     if experts and mine[True]:
         layer = next(m for m in model.modules() if isinstance(m, MoELayer))
@@ -100,6 +101,12 @@ def _read(folder: Path, name: str) -> dict[str, Tensor]:
     except (OSError, RuntimeError, ValueError) as error:
         raise damaged(folder, f"{FOLDER}/{name} cannot be read: {error}") from error
     return tensors
+
+
+def _portable(tensor: Tensor) -> Tensor:
+    """A copy on the CPU; fp32 where it is a floating-point number."""
+    tensor = tensor.detach().cpu()
+    return tensor.float().clone() if tensor.is_floating_point() else tensor.clone()
 
 
 def _expert_prefixes(model: nn.Module) -> set[str]:

@@ -61,7 +61,7 @@ def test_whatever_we_write_is_either_owned_or_adjustable() -> None:
 
 
 @pytest.mark.parametrize(
-    "stage, precision", [(0, "fp32"), *((stage, name) for stage in (1, 2, 3) for name in ("fp32", "bf16"))]
+    "stage, precision", [(0, "fp32"), (0, "fp64"), *((stage, name) for stage in (1, 2, 3) for name in ("fp32", "bf16"))]
 )
 def test_deepspeed_reads_what_we_mean(stage: int, precision: str) -> None:
     runtime = import_module("deepspeed.runtime.config")

@@ -142,6 +142,10 @@ def test_memory_follows_the_zero_stage() -> None:
     assert memory(1).gradients == 4 * local
     assert memory(2).gradients == memory(3).weights == 4 * shard
     assert memory(1, "training.precision=bf16").weights == 2 * local
+    exact = memory(0, "training.precision=fp64")
+    assert exact.weights == exact.gradients == 8 * local
+    assert exact.optimizer == 16 * local
+    assert exact.activations == 2 * memory(0).activations
     assert memory(1, "training.optimizer.type=muon", "training.gradient_clipping=0").optimizer == 8 * shard
     assert memory(1, "training.recompute=full").activations < memory(1).activations
     assert memory(1).total > memory(2).total > memory(3).total

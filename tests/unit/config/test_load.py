@@ -9,7 +9,7 @@ import pytest
 
 from megamoe.common.errors import ConfigError
 from megamoe.config.load import dump_config, load_config
-from megamoe.config.moe import ResonanceRouterConfig, TopKRouterConfig
+from megamoe.config.routers import ResonanceRouterConfig, TopKRouterConfig
 from megamoe.config.run import RunConfig
 
 
@@ -86,7 +86,7 @@ def test_override_values_are_yaml() -> None:
 
 
 def test_a_dumped_configuration_loads_to_itself(tmp_path: Path) -> None:
-    overrides = ["moe.router.type=resonance", "moe.router.scale_init=3.5", "deepspeed_extra.dump_state=true"]
+    overrides = ["moe.router.type=resonance", "moe.router.scale_init=35.0", "deepspeed_extra.dump_state=true"]
     config = load_config([], [*overrides, "data.sources=[{name: c, path: c, weight: 0.1}]"])
     path = write(tmp_path, "config.json", json.dumps(dump_config(config)))
     assert load_config([path]) == config
@@ -137,7 +137,7 @@ def test_unknown_keys_name_the_nearest_valid_one(override: str, hint: str) -> No
     [
         (
             "moe.router.type=resonence",
-            "moe.router.type: must be one of 'resonance', 'topk' (did you mean 'res",
+            "'resonance', 'sinkhorn', 'topk' (did you mean 'resonance'",
         ),
         ("moe.router=3", "moe.router: must be a section with keys of its own, got 3"),
         ("training=", "training: must be a section with keys of its own, got None"),

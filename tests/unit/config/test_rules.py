@@ -8,6 +8,9 @@ from megamoe.config.rules import RULES, check_world_size
 from megamoe.config.run import RunConfig
 from megamoe.config.sources import read_override
 
+BOUNDS = ("locmoe", "etr_bound", "etr_success")
+EXPERT_CHOICE = ["moe.router.type=expert_choice", "moe.capacity.mode=static"]
+FP64 = ["training.precision=fp64", "parallel.zero_stage=0"]
 # Name of the rule: overrides that break it, and the path it must name.
 BREAKERS: dict[str, list[tuple[list[str], str]]] = {
     "experts_divide_over_ep": [(["moe.num_experts=6", "parallel.ep=4"], "moe.num_experts")],
@@ -15,6 +18,44 @@ BREAKERS: dict[str, list[tuple[list[str], str]]] = {
     "top_k_within_experts": [(["moe.top_k=9"], "moe.top_k")],
     "dense_prefix_leaves_blocks": [(["moe.first_k_dense=4"], "moe.first_k_dense")],
     "some_block_has_experts": [(["moe.first_k_dense=2", "moe.every_n_layers=3"], "moe.every_n_layers")],
+    "local_dispatch_needs_local_experts": [(["moe.dispatcher=local", "parallel.ep=2"], "moe.dispatcher")],
+    "padded_dispatch_needs_a_capacity": [
+        (["moe.dispatcher=padded"], "moe.dispatcher"),
+        (
+            ["moe.dispatcher=padded", "moe.capacity.mode=static", "moe.router={type: resonance, scope: ep_group}"],
+            "moe.dispatcher",
+        ),
+    ],
+    "bounds_need_affinities": [([f"moe.capacity.mode={mode}"], "moe.capacity.mode") for mode in BOUNDS],
+    "expert_choice_needs_a_capacity": [(["moe.router.type=expert_choice"], "moe.capacity.mode")],
+    "expert_choice_ranks_by_score": [
+        ([*EXPERT_CHOICE, "moe.capacity.drop=position"], "moe.capacity.drop"),
+        ([*EXPERT_CHOICE, "moe.capacity.drop=random"], "moe.capacity.drop"),
+    ],
+    "threshold_ranks_by_affinity": [
+        (["moe.router={type: resonance, threshold: 0.9}", "moe.capacity.drop=position"], "moe.router.threshold")
+    ],
+    "minimum_capacity_within_factor": [
+        (["moe.capacity={mode: static, factor: 0.5, minimum: 0.6}"], "moe.capacity.minimum")
+    ],
+    "scale_limits_in_order": [
+        (["moe.router={type: resonance, scale_min: 30}"], "moe.router.scale_min"),
+        (["moe.router={type: resonance, scale_max: 20}"], "moe.router.scale_min"),
+        (["moe.router={type: resonance, scale_min: 25, scale_max: 20}"], "moe.router.scale_min"),
+        (["moe.router={type: resonance, affinity: cosine, scale_init: 1.0}"], "moe.router.scale_min"),
+    ],
+    "groups_divide_experts": [
+        (["moe.router.num_groups=3"], "moe.router.num_groups"),
+        (["moe.router.top_groups=2"], "moe.router.top_groups"),
+        (["moe.router={num_groups: 8, top_groups: 1}"], "moe.router.top_groups"),
+    ],
+    "grap_slices_hold_a_feature": [
+        (["moe.router.type=resonance", "moe.num_experts=129"], "moe.router.affinity"),
+        (["moe.router={type: resonance, affinity: grap}", "moe.num_experts=129"], "moe.router.affinity"),
+    ],
+    "sigmoid_weights_are_normalised": [
+        (["moe.router={score: sigmoid, normalize_weights: false}"], "moe.router.normalize_weights")
+    ],
     "heads_divide_hidden_size": [(["model.hidden_size=130"], "model.hidden_size")],
     "head_size_is_even": [
         (["model.head_size=33"], "model.head_size"),
@@ -26,14 +67,6 @@ BREAKERS: dict[str, list[tuple[list[str], str]]] = {
     ],
     "vocabulary_holds_tokenizer": [(["model.vocab_size=4095"], "model.vocab_size")],
     "only_data_and_expert_parallel": [([f"parallel.{x}=2"], f"parallel.{x}") for x in ("tp", "pp", "etp", "cp")],
-    "local_dispatch_needs_local_experts": [(["moe.dispatcher=local", "parallel.ep=2"], "moe.dispatcher")],
-    "grap_slices_hold_a_feature": [
-        (["moe.router.type=resonance", "moe.num_experts=129"], "moe.router.affinity"),
-        (["moe.router={type: resonance, affinity: grap}", "moe.num_experts=129"], "moe.router.affinity"),
-    ],
-    "sigmoid_weights_are_normalised": [
-        (["moe.router={score: sigmoid, normalize_weights: false}"], "moe.router.normalize_weights")
-    ],
     "micro_batches_fill_global_batch": [(["training.micro_batch_size=3"], "training.global_batch_size")],
     "warmup_ends_before_training": [
         (["training.schedule.warmup_steps=200"], "training.schedule.warmup_steps"),
@@ -45,6 +78,15 @@ BREAKERS: dict[str, list[tuple[list[str], str]]] = {
         (["training.checkpoint={every: 0, keep_every: 5}"], "training.checkpoint.keep_every"),
     ],
     "zero_0_runs_in_fp32": [(["parallel.zero_stage=0", "training.precision=bf16"], "parallel.zero_stage")],
+    "fp64_keeps_its_digits": [
+        (["training.precision=fp64"], "parallel.zero_stage"),
+        (["training.precision=fp64", "parallel.zero_stage=3"], "parallel.zero_stage"),
+        (
+            [*FP64, "training.optimizer.type=muon", "training.gradient_clipping=0"],
+            "training.optimizer.type",
+        ),
+        ([*FP64, "deepspeed_extra.communication_data_type=fp32"], "deepspeed_extra.communication_data_type"),
+    ],
     "muon_needs_whole_matrices": [
         (
             ["parallel.zero_stage=3", "training.optimizer.type=muon", "training.gradient_clipping=0"],
@@ -71,6 +113,13 @@ ACCEPTED = [
     ["model.num_kv_heads=1"],
     ["model.vocab_size=4096"],
     ["moe.dispatcher=all_to_all"],
+    ["moe.dispatcher=padded", "moe.capacity.mode=static", "parallel.ep=2"],
+    *(["moe.router.type=resonance", f"moe.capacity.mode={mode}"] for mode in BOUNDS),
+    EXPERT_CHOICE,
+    ["moe.router={type: resonance, scale_min: 4, scale_init: 4, scale_max: 4}"],
+    ["moe.router={type: resonance, learn_scale: false, scale_init: 1.0}"],
+    ["moe.router={num_groups: 4, top_groups: 1}"],
+    ["moe.capacity={mode: static, factor: 0.5, minimum: 0.5}"],
     ["moe.dispatcher=local"],
     ["moe.router.type=resonance", "moe.num_experts=128"],
     ["moe.router={type: resonance, affinity: cosine}", "moe.num_experts=129"],
@@ -80,6 +129,8 @@ ACCEPTED = [
     ["training.checkpoint.keep_every=200"],
     ["parallel.zero_stage=0"],
     ["parallel.zero_stage=1", "training.precision=bf16"],
+    FP64,
+    ["deepspeed_extra.communication_data_type=fp32"],
     ["parallel.zero_stage=2", "training.optimizer.type=muon", "training.gradient_clipping=0"],
     ["deepspeed_extra.zero_optimization.offload_optimizer.device=cpu"],
     ["deepspeed_extra.zero_optimization.overlap_comm=true"],

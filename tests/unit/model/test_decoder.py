@@ -6,6 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from megamoe.config.load import load_config
 from megamoe.config.run import RunConfig
@@ -238,3 +240,52 @@ def test_head_gives_fp32_logits_of_a_bf16_model() -> None:
     assert logits_BV.dtype == torch.float32
     assert bool(logits_BV.isfinite().all())
     assert F.cosine_similarity(logits_BV, build().eval().logits(batch()[0])).min().item() > 0.9
+
+
+class Narrowed(TorchDispatchMode):
+    """Operations inside that lose digits of fp64: by narrowing it, or by mixing it with rows of fp32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        before, after = widths((args, kwargs)), widths(out)
+        if torch.float64 in before and {torch.float32, torch.bfloat16} & (before | after):
+            self.seen.append(str(func))
+        return out
+
+
+def widths(values: object) -> set[torch.dtype]:
+    """The floating-point types of the tensors in `values` that are more than one number."""
+    tensors = [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
+    return {tensor.dtype for tensor in tensors if tensor.is_floating_point() and tensor.numel() > 1}
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [["moe.num_experts=0"], [], ["moe.router.score=sigmoid"], ["moe.router.z_loss=0.1"], RESONANCE, RESONANCE + STATIC],
+    ids=" ".join,
+)
+def test_fp64_loses_no_digits_on_the_way(overrides: list[str]) -> None:
+    model = build(*overrides).double()
+    with Narrowed() as narrowed:
+        output = model(*batch())
+        output.loss.backward()
+    assert not narrowed.seen
+    assert output.loss.dtype == output.cross_entropy.dtype == torch.float64
+    with Narrowed() as narrowed, torch.no_grad():
+        model.eval().logits(batch()[0], model.new_caches())
+        model.token_losses(*batch())
+    assert not narrowed.seen
+
+
+def test_a_lost_digit_is_seen() -> None:
+    model = build("moe.num_experts=0").double()
+    model.norm.float()
+    model.norm.register_forward_pre_hook(lambda module, inputs: tuple(x.float() for x in inputs))
+    model.norm.register_forward_hook(lambda module, inputs, output: output.double())
+    with Narrowed() as narrowed:
+        model(*batch())
+    assert narrowed.seen

@@ -10,7 +10,7 @@ from megamoe.config.load import load_config
 from megamoe.config.run import RunConfig
 from megamoe.model.decoder import Decoder
 from megamoe.model.initialise import initialise
-from megamoe.moe.layer import ExpertParallel
+from megamoe.moe.placement import ExpertParallel
 from megamoe.testing import assert_equal_bits
 
 SHAPE = [

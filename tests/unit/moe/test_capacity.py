@@ -1,23 +1,19 @@
 """Expert choice against a loop that says what is meant, and the bound itself."""
 
-import math
-from fractions import Fraction
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
 
-from megamoe.moe.capacity import keep_within, static_capacity
-
-Drop = Literal["affinity", "position"]
+from megamoe.moe.capacity import Drop, keep_within
 
 
 class Case(NamedTuple):
     affinity_A: Tensor
     expert_ids_A: Tensor
     num_experts: int
-    capacity: int | None
+    capacity: list[int] | None
     threshold: float
     drop: Drop
 
@@ -38,10 +34,12 @@ def random_case(seed: int) -> Case:
         affinity_A,
         torch.randint(used, (size,), generator=generator),
         num_experts,
-        capacity=pick(None, 0, 1, 3, 8, 100),
+        capacity=pick(
+            None, *([size] * num_experts for size in (0, 1, 3, 8, 100)), [0, 1, 2, 3, 4, 5, 9, 70][:num_experts]
+        ),
         threshold=pick(1.0, 1.0, 0.25, 0.5, 0.75),
-        drop=pick("affinity", "affinity", "position"),
-    )
+        drop="affinity",
+    )._replace(**pick({}, {"drop": "position", "threshold": 1.0}))
 
 
 def literal(case: Case) -> list[bool]:
@@ -56,7 +54,7 @@ def literal(case: Case) -> list[bool]:
         reached, number = 0.0, 0
         for a in candidates:
             enough = case.threshold < 1.0 and goal > 0.0 and reached >= goal
-            full = case.capacity is not None and number >= case.capacity
+            full = case.capacity is not None and number >= case.capacity[expert]
             if enough or full:
                 break
             kept[a], number, reached = True, number + 1, reached + max(0.0, affinity[a])
@@ -68,7 +66,7 @@ def keep(case: Case) -> Tensor:
         case.affinity_A,
         case.expert_ids_A,
         case.num_experts,
-        capacity=case.capacity,
+        capacity_E=None if case.capacity is None else torch.tensor(case.capacity),
         threshold=case.threshold,
         drop=case.drop,
     )
@@ -101,24 +99,24 @@ def test_bound_and_order_hold_for_every_expert() -> None:
         for expert in range(case.num_experts):
             mine_A = case.expert_ids_A == expert
             kept, dropped = case.affinity_A[kept_A & mine_A], case.affinity_A[~kept_A & mine_A]
-            assert case.capacity is None or len(kept) <= case.capacity
+            assert case.capacity is None or len(kept) <= case.capacity[expert]
             if case.drop == "affinity" and len(kept) and len(dropped):
                 assert kept.min() >= dropped.max()
 
 
 def test_negative_affinities_still_fill_the_capacity() -> None:
     affinity_A = -torch.arange(1.0, 13.0)
-    kept_A = keep(Case(affinity_A, torch.zeros(12, dtype=torch.int64), 2, 5, 0.5, "affinity"))
+    kept_A = keep(Case(affinity_A, torch.zeros(12, dtype=torch.int64), 2, [5, 5], 0.5, "affinity"))
     assert kept_A.tolist() == [True] * 5 + [False] * 7
 
 
 def test_ties_go_to_the_earlier_token() -> None:
-    kept_A = keep(Case(torch.full((6,), 0.5), torch.tensor([1, 0, 1, 0, 1, 0]), 2, 2, 1.0, "affinity"))
+    kept_A = keep(Case(torch.full((6,), 0.5), torch.tensor([1, 0, 1, 0, 1, 0]), 2, [2, 2], 1.0, "affinity"))
     assert kept_A.tolist() == [True, True, True, True, False, False]
 
 
 def test_position_drops_the_latest_whatever_its_affinity() -> None:
-    kept_A = keep(Case(torch.tensor([0.1, 0.9, 0.2, 0.8]), torch.zeros(4, dtype=torch.int64), 1, 2, 1.0, "position"))
+    kept_A = keep(Case(torch.tensor([0.1, 0.9, 0.2, 0.8]), torch.zeros(4, dtype=torch.int64), 1, [2], 1.0, "position"))
     assert kept_A.tolist() == [True, True, False, False]
 
 
@@ -141,25 +139,25 @@ def test_share_that_three_quarters_of_the_affinity_keeps(top_k: int, share: floa
     assert keep(case).float().mean().item() == pytest.approx(share, abs=0.006)
 
 
-@pytest.mark.parametrize(
-    "num_tokens, num_experts, top_k, factor, capacity",
-    [
-        (4096, 8, 2, 1.0, 1024),
-        (4096, 8, 2, 1.1, 1127),
-        (200, 8, 2, 1.1, 55),  # exactly the product, although 1.1 * 50 > 55 in floating point
-        (1000, 3, 1, 1.0, 334),
-        (4096, 8, 2, 0.01, 256),  # a quarter of the balanced load
-        (64, 8, 1, 0.5, 8),
-        (5, 8, 1, 1.1, 5),  # never more than there are tokens
-        (64, 2, 2, 1.5, 64),
-        (0, 8, 2, 1.1, 0),
-    ],
-)
-def test_static_capacity(num_tokens: int, num_experts: int, top_k: int, factor: float, capacity: int) -> None:
-    assert static_capacity(num_tokens, num_experts, top_k, factor) == capacity
+def test_random_drops_fill_the_capacity_and_depend_on_the_seed_only() -> None:
+    affinity_A, experts_A = torch.linspace(0, 1, 4000), torch.arange(4000) % 2
+
+    def kept(seed: int) -> Tensor:
+        limits_E = torch.tensor([500, 1500])
+        return keep_within(affinity_A, experts_A, 2, capacity_E=limits_E, drop="random", seed=seed)
+
+    assert torch.equal(kept(3), kept(3))
+    assert not torch.equal(kept(3), kept(4))
+    for seed in range(5):
+        kept_A = kept(seed)
+        assert [int(kept_A[experts_A == e].sum()) for e in (0, 1)] == [500, 1500]
+        # A quarter and three quarters of the candidates, wherever they stand and whatever their affinity.
+        for part_A in kept_A.view(4, 1000):
+            assert float(part_A.float().mean()) == pytest.approx(0.5, abs=0.06)
 
 
-def test_static_capacity_is_the_rounded_up_product() -> None:
-    for num_tokens in range(64, 2048, 7):
-        wanted = math.ceil(Fraction(11, 10) * 2 * num_tokens / 8)
-        assert static_capacity(num_tokens, 8, 2, 1.1) == max(8, wanted)
+def test_the_threshold_goes_by_affinity_only() -> None:
+    with pytest.raises(AssertionError, match="affinity"):
+        keep_within(
+            torch.ones(2), torch.zeros(2, dtype=torch.int64), 1, capacity_E=None, threshold=0.5, drop="position"
+        )

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from megamoe.moe.dispatch import build_dispatcher
-from megamoe.moe.dispatch.all_to_all import _pack, _unpack, expert_order
+from megamoe.moe.dispatch.all_to_all import expert_order, pack, unpack
 from megamoe.moe.dispatch.local import LocalDispatcher
 from megamoe.moe.routers.base import count
 from megamoe.moe.types import RoutingPlan
@@ -70,7 +70,7 @@ def test_weights_travel_beside_rows_without_losing_a_bit(dtype: torch.dtype, row
     generator = torch.Generator().manual_seed(3)
     rows_AD, weights_A = torch.randn(rows, 6, generator=generator).to(dtype), torch.randn(rows, generator=generator)
     weights_A[:3] = torch.tensor([1e-45, float("inf"), -0.0])[:rows]
-    there_AD, there_A = _unpack(_pack(rows_AD, weights_A), 6, torch.float32)
+    there_AD, there_A = unpack(pack(rows_AD, weights_A), 6, torch.float32)
     assert (there_AD.shape, there_AD.dtype, there_A.shape) == (rows_AD.shape, dtype, weights_A.shape)
     for there, here in zip([*there_AD, *there_A], [*rows_AD, *weights_A], strict=True):
         assert_equal_bits(there, here)

@@ -7,10 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megamoe.config.moe import CapacityConfig, MoEConfig, ResonanceRouterConfig, TopKRouterConfig
-from megamoe.moe.capacity import static_capacity
-from megamoe.moe.layer import ExpertParallel, MoELayer
+from megamoe.config.moe import CapacityConfig, MoEConfig
+from megamoe.config.routers import ResonanceRouterConfig, TopKRouterConfig
+from megamoe.moe.layer import MoELayer
 from megamoe.moe.marker import is_expert
+from megamoe.moe.placement import ExpertParallel
 from megamoe.testing import assert_close, assert_equal_bits
 
 BATCH, SEQUENCE, WIDTH, FFN, EXPERTS = 4, 12, 20, 6, 5
@@ -41,7 +42,7 @@ def build(router: str, capacity: str = "dropless", top_k: int = 2, shared: int =
         router=ROUTERS[router],
         capacity=CAPACITIES[capacity],
     )
-    layer = MoELayer(config, WIDTH, ExpertParallel(), "auto")
+    layer = MoELayer(config, WIDTH, ExpertParallel())
     generator = torch.Generator().manual_seed(11)
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter, std=0.5, generator=generator)
@@ -101,7 +102,7 @@ def kept_pairs(affinities: list[Tensor], choices: list[list[int]], layer: MoELay
         if capacity.drop == "affinity":
             takers.sort(key=lambda t: -affinities[t][expert].item())
         if capacity.mode == "static":
-            takers = takers[: static_capacity(TOKENS, EXPERTS, layer.router.top_k, capacity.factor)]
+            takers = takers[: layer.router.bound.capacities(TOKENS)[expert]]
         kept |= {(t, expert) for t in takers}
     return kept
 

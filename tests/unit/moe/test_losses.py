@@ -50,12 +50,44 @@ def test_orthogonality_loss() -> None:
 
 
 def test_entropy_is_normalised() -> None:
-    assert losses.entropy(torch.full((3, 8), 1 / 8)).item() == pytest.approx(1.0)
-    assert losses.entropy(torch.eye(8)).item() == 0.0
-    probs_TE = random_probs()
+    assert losses.entropy(torch.full((3, 8), 5.0)).item() == pytest.approx(1.0)
+    assert losses.entropy(torch.eye(8) * 1e4).item() == 0.0
+    logits_TE = torch.randn(50, 4, generator=torch.Generator().manual_seed(3))
+    probs_TE = logits_TE.softmax(-1)
     nats = -(probs_TE * probs_TE.log()).sum(-1).mean().item()
-    assert losses.entropy(probs_TE).item() == pytest.approx(nats / math.log(4))
+    assert losses.entropy(logits_TE).item() == pytest.approx(nats / math.log(4))
     assert losses.entropy(torch.ones(5, 1)).item() == 0.0
+
+
+LOCAL_E = torch.tensor([True, True, False, False, False, False])
+
+
+def test_locality_is_zero_only_for_the_target_itself() -> None:
+    """n_local / E = 1/3: epsilon = .5 * 2/3 = 1/3; local experts get 2/3 / 2 each, the others 1/3 / 4."""
+    target_E = torch.tensor([1 / 3, 1 / 3, 1 / 12, 1 / 12, 1 / 12, 1 / 12])
+    assert losses.locality_loss(target_E.expand(7, 6), LOCAL_E, 0.5).item() == pytest.approx(0.0, abs=1e-6)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        probs_TE = torch.randn(9, 6, generator=generator).softmax(-1)
+        load_E = probs_TE.mean(0)
+        by_hand = (load_E * (load_E / target_E).log()).sum()
+        assert by_hand > 1e-4
+        assert_close(losses.locality_loss(probs_TE, LOCAL_E, 0.5), by_hand, rel=1e-4)
+
+
+def test_locality_on_one_node_is_a_balance_loss() -> None:
+    everywhere_E = torch.ones(4, dtype=torch.bool)
+    assert losses.locality_loss(torch.full((3, 4), 0.25), everywhere_E, 0.5).item() == pytest.approx(0.0, abs=1e-6)
+    one_TE = torch.eye(4)[torch.zeros(3, dtype=torch.int64)]
+    assert losses.locality_loss(one_TE, everywhere_E, 0.5).item() == pytest.approx(math.log(4))
+
+
+def test_locality_pulls_towards_this_node() -> None:
+    logits_TE = torch.zeros(5, 6, requires_grad=True)
+    losses.locality_loss(logits_TE.softmax(-1), LOCAL_E, 0.5).backward()
+    assert logits_TE.grad is not None
+    assert bool((logits_TE.grad[:, LOCAL_E] < 0).all())
+    assert bool((logits_TE.grad[:, ~LOCAL_E] > 0).all())
 
 
 def test_a_rank_without_rows_adds_nothing() -> None:

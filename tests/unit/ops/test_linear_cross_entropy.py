@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megamoe.ops.linear_cross_entropy import linear_cross_entropy, reference
+from megamoe.ops.linear_cross_entropy import linear_cross_entropy, reference, token_losses
 from megamoe.testing import assert_close, assert_equal_bits, max_rel_error
 
 ROWS, WIDTH, VOCAB = 37, 24, 113
@@ -97,3 +97,16 @@ def test_a_frozen_head_still_passes_gradients_to_hidden_rows() -> None:
     loss = linear_cross_entropy(hidden_TD, weight_VD.detach(), labels_T, 5)
     expected = torch.autograd.grad(reference(hidden_TD, weight_VD, labels_T), hidden_TD)[0]
     assert_close(torch.autograd.grad(loss, hidden_TD)[0], expected, rel=2e-6)
+
+
+@pytest.mark.parametrize("chunk_size", [0, 5])
+def test_fp64_keeps_its_digits(chunk_size: int) -> None:
+    hidden_TD, weight_VD, labels_T = case(torch.float64)
+    got = results(linear_cross_entropy(hidden_TD, weight_VD, labels_T, chunk_size), hidden_TD, weight_VD)
+    plain = torch.nn.functional.cross_entropy(hidden_TD @ weight_VD.t(), labels_T)
+    for name, tensor in results(plain, hidden_TD, weight_VD).items():
+        assert got[name].dtype == torch.float64
+        assert_close(got[name], tensor, rel=1e-14, name=name)
+    each_T = token_losses(hidden_TD, weight_VD, labels_T, chunk_size)
+    assert each_T.dtype == torch.float64
+    assert_close(each_T.mean(), plain, rel=1e-14)

@@ -132,3 +132,16 @@ def test_reductions_of_dictionaries_and_tensors() -> None:
             assert_equal_bits(largest[name], stacked.amax(0), name=name)
         assert_equal_bits(summed, total["matrix"])
         assert_equal_bits(highest, largest["matrix"])
+
+
+def reduced_exactly() -> tuple[Tensor, Tensor]:
+    """A sum that fp32 cannot hold, and an fp32 value beside it."""
+    mine = {"loss": torch.tensor(1.0 + 2.0**-40, dtype=torch.float64), "load": torch.tensor([1.0, 3.0])}
+    total = collectives.reduce_dict(mine, None)
+    return total["loss"], total["load"]
+
+
+def test_fp64_keeps_its_digits() -> None:
+    for loss, load in run_ranks(reduced_exactly, 2):
+        assert_equal_bits(loss, torch.tensor(2.0 + 2.0**-39, dtype=torch.float64))
+        assert_close(load, torch.tensor([2.0, 6.0]))

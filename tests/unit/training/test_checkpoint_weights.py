@@ -10,7 +10,7 @@ import torch
 from megamoe.common.errors import CheckpointError
 from megamoe.model.decoder import Decoder
 from megamoe.model.initialise import initialise
-from megamoe.moe.layer import ExpertParallel
+from megamoe.moe.placement import ExpertParallel
 from megamoe.testing.configs import tiny_config
 from megamoe.training.checkpoint.weights import load_weights, save_weights
 
@@ -83,3 +83,15 @@ def test_a_torn_file_is_refused(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(CheckpointError, match="cannot be read"):
         load_weights(tmp_path, model())
+
+
+def test_files_of_an_fp64_model_are_fp32(tmp_path: Path) -> None:
+    """Statistics included: the format does not depend on the run's precision."""
+    one, other = model(1, 0, 1, "moe.router.type=resonance"), model(1, 0, 2, "moe.router.type=resonance")
+    wanted = {name: tensor.clone() for name, tensor in one.state_dict().items()}
+    one.double()
+    save_weights(tmp_path, one.named_parameters(), one, dense=True, experts=True)
+    saved = [tensor for path in tmp_path.rglob("*.pt") for tensor in torch.load(path).values()]
+    assert {tensor.dtype for tensor in saved} == {torch.float32}
+    load_weights(tmp_path, other)
+    assert all(torch.equal(other.state_dict()[name], tensor) for name, tensor in wanted.items())

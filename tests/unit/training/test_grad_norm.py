@@ -71,6 +71,20 @@ def test_a_gradient_that_is_not_finite_shows_in_the_norm() -> None:
     assert not bool(norm.isfinite())
 
 
+def exactly_clipped() -> tuple[float, Tensor]:
+    groups, dense = build_groups(Topology(1)), nn.Parameter(torch.zeros(2, dtype=torch.float64))
+    dense.grad = torch.tensor([3.0, 4.0 + 2.0**-40], dtype=torch.float64)
+    expected = dense.grad.clone()
+    norm = clip_gradients([dense], 1.0, groups)
+    return float(norm - expected.norm()), dense.grad - expected / (expected.norm() + 1e-6)
+
+
+def test_fp64_keeps_its_digits() -> None:
+    ((norm, gradient),) = run_ranks(exactly_clipped, 1)
+    assert abs(norm) < 1e-15
+    assert float(gradient.abs().max()) < 1e-15
+
+
 def without_experts() -> tuple[float, float]:
     groups = build_groups(Topology(1))
     dense = nn.Parameter(torch.zeros(2))

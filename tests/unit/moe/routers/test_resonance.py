@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from megamoe.config.moe import CapacityConfig, ResonanceRouterConfig
+from megamoe.config.moe import CapacityConfig
+from megamoe.config.routers import ResonanceRouterConfig
 from megamoe.moe import losses
+from megamoe.moe.routers.base import RouterSize
 from megamoe.moe.routers.resonance import ResonanceRouter, slice_mask
 from megamoe.testing import assert_close, assert_equal_bits
 
@@ -22,7 +24,8 @@ def build(
     capacity: CapacityConfig | None = None,
     **settings,
 ) -> ResonanceRouter:
-    router = ResonanceRouter(ResonanceRouterConfig(**settings), width, experts, top_k, capacity or CapacityConfig())
+    size = RouterSize(width, experts, top_k)
+    router = ResonanceRouter(ResonanceRouterConfig(**settings), size, capacity or CapacityConfig())
     generator = torch.Generator().manual_seed(1)
     for name, parameter in router.named_parameters():
         if name == "log_scale":
@@ -56,14 +59,14 @@ def test_fixed_grap_is_the_closed_form() -> None:
             expected_TE[token, expert] = total / (rows_TD[token].norm() * math.sqrt(WIDTH / EXPERTS))
     router = build(affinity="grap", learn_scale=False)
     assert list(router.parameters()) == []
-    assert_close(router.affinity(rows_TD), expected_TE, abs=1e-6)
+    assert_close(router.affinity(rows_TD)[0], expected_TE, abs=1e-6)
 
 
 @pytest.mark.parametrize("width", [32, 30])
 @pytest.mark.parametrize("affinity", MODES)
 def test_affinity_is_the_cosine_with_unit_vectors(affinity: str, width: int) -> None:
     router, rows_TD = build(width, affinity=affinity, centre=False), rows(width=width)
-    vectors_ED, affinity_TE = router.expert_vectors(), router.affinity(rows_TD)
+    vectors_ED, affinity_TE = router.expert_vectors(), router.affinity(rows_TD)[0]
     assert_close(vectors_ED.norm(dim=-1), torch.ones(EXPERTS), rel=1e-6)
     if affinity != "cosine":
         gram_EE = vectors_ED @ vectors_ED.t()
@@ -85,14 +88,14 @@ def test_learned_grap_keeps_its_supports_for_any_values() -> None:
 def test_learned_grap_starts_as_fixed_grap() -> None:
     learned = build(affinity="grap_learned", width=30)
     torch.nn.init.ones_(learned.slice_values)
-    assert_close(learned.affinity(rows(width=30)), build(affinity="grap", width=30).affinity(rows(width=30)))
+    assert_close(learned.affinity(rows(width=30))[0], build(affinity="grap", width=30).affinity(rows(width=30))[0])
 
 
 @pytest.mark.parametrize("affinity", MODES)
 def test_affinity_does_not_depend_on_the_length_of_a_token(affinity: str) -> None:
     router, rows_TD = build(affinity=affinity, centre=False), rows()
     lengths_T1 = torch.logspace(-3, 3, TOKENS)[:, None]
-    assert_close(router.affinity(rows_TD * lengths_T1), router.affinity(rows_TD), abs=2e-6)
+    assert_close(router.affinity(rows_TD * lengths_T1)[0], router.affinity(rows_TD)[0], abs=2e-6)
 
 
 def test_a_zero_token_has_no_affinity_and_finite_gradients() -> None:
@@ -119,7 +122,14 @@ def test_initial_scale(settings: dict[str, object], kappa: float) -> None:
     router = build(**settings)
     assert router.scale().item() == pytest.approx(kappa)
     rows_TD = rows()
-    assert_close(router(rows_TD).logits_TE, kappa * router.affinity(rows_TD), rel=1e-6)
+    assert_close(router(rows_TD).logits_TE, kappa * router.affinity(rows_TD)[0], rel=1e-6)
+
+
+def test_the_limits_of_the_scale_can_be_set() -> None:
+    router = build(scale_min=3.0, scale_init=4.0, scale_max=5.0)
+    for log_scale, kappa in ((-9.0, 3.0), (math.log(4.0), 4.0), (9.0, 5.0)):
+        torch.nn.init.constant_(router.log_scale, log_scale)
+        assert router.scale().item() == pytest.approx(kappa)
 
 
 @pytest.mark.parametrize("log_scale, kappa", [(-9.0, math.sqrt(WIDTH) / 2), (9.0, 16 * math.sqrt(WIDTH))])
@@ -154,8 +164,10 @@ def test_expert_choice_after_token_choice(drop: str) -> None:
     capacity = CapacityConfig(mode="static", factor=0.5, drop=drop)
     router, rows_TD = build(capacity=capacity, affinity="grap"), rows(96)
     rows_TD[:, :8] += 0.7  # the first expert is wanted by most
-    affinity_TE, limit = router.affinity(rows_TD).detach(), router.capacity_for(96)
-    assert limit == 24
+    affinity_TE, limits = router.affinity(rows_TD)[0].detach(), router.limits(96)
+    assert limits is not None
+    assert limits.per_expert_E.tolist() == [24] * EXPERTS
+    limit = 24
     expected = set()
     for expert in range(EXPERTS):
         takers = [t for t in range(96) if expert in affinity_TE[t].topk(2).indices.tolist()]
@@ -275,3 +287,86 @@ def test_a_balanced_router_pays_its_coefficient() -> None:
     router = build(top_k=1, affinity="grap", balance_loss=0.125)
     rows_TD = router.expert_vectors().repeat(5, 1)
     assert router(rows_TD).losses["balance_loss"].item() == pytest.approx(0.125)
+
+
+# Capacity that follows training
+
+
+def test_the_whole_capacity_and_no_threshold_are_plain_top_k() -> None:
+    rows_TD = rows(96)
+    free = build(affinity="grap")(rows_TD)
+    full = build(affinity="grap", capacity=CapacityConfig(mode="static", factor=2.0))(rows_TD)  # C = T
+    assert torch.equal(full.token_ids_A, free.token_ids_A)
+    assert_equal_bits(full.weights_A, free.weights_A)
+
+
+def separated(tokens: int, width: int = 64, experts: int = 8, bump: float = 2.0) -> Tensor:
+    """Tokens with a planted affinity to an expert each."""
+    router = build(width, experts, affinity="grap")
+    own_TD = router.expert_vectors()[torch.arange(tokens) % experts]
+    return rows(tokens, width) + bump * own_TD
+
+
+@pytest.mark.parametrize("mode", ["locmoe", "etr_bound", "etr_success"])
+def test_the_bound_moves_by_update_only_and_for_training_only(mode: str) -> None:
+    router = build(64, 8, 1, CapacityConfig(mode=mode, momentum=0.0), affinity="grap", centre=False)
+    rows_TD = separated(512)
+    assert router.bound is not None
+    before = {name: value.clone() for name, value in router.state_dict().items()}
+    plan = router(rows_TD)
+    router.eval()(rows_TD)
+    assert {name: value.tolist() for name, value in router.state_dict().items()} == {
+        name: value.tolist() for name, value in before.items()
+    }
+    assert router(rows_TD).capacity is None, "evaluation is dropless"
+    assert router(rows_TD).observations == {}
+    router.train().update(plan.observations)
+    assert int(router.bound.num_updates) == 1
+    after = router(rows_TD)
+    assert sorted(after.metrics.keys() - plan.metrics.keys()) == []
+    assert "capacity" in after.metrics
+
+
+def test_the_success_bound_shrinks_the_capacity_and_keeps_the_nearest() -> None:
+    router = build(64, 8, 1, CapacityConfig(mode="etr_success", momentum=0.0), affinity="grap", centre=False)
+    rows_TD = separated(2048)
+    first = router(rows_TD)
+    router.update(first.observations)
+    second = router(rows_TD)
+    assert second.capacity is not None
+    assert first.capacity is not None
+    assert second.capacity < 0.7 * first.capacity
+    limits = router.limits(2048)
+    assert limits is not None
+    assert bool((second.rows_per_expert_E <= limits.per_expert_E).all())
+    affinity_TE = router.affinity(rows_TD)[0]
+    for expert in range(8):
+        mine = second.token_ids_A[second.expert_ids_A == expert]
+        takers = (affinity_TE.argmax(-1) == expert).nonzero().squeeze(-1)
+        dropped = takers[~torch.isin(takers, mine)]
+        if len(dropped):
+            assert affinity_TE[mine, expert].min() >= affinity_TE[dropped, expert].max()
+
+
+def test_locality_is_one_more_loss_and_is_said_once_where_it_only_balances() -> None:
+    router = build(locality_loss=0.5)
+    plan = router(rows())
+    expected = 0.5 * losses.locality_loss(plan.logits_TE.softmax(-1), torch.ones(EXPERTS, dtype=torch.bool), 0.5)
+    assert_close(plan.losses["locality_loss"], expected)
+    assert len(router.remarks()) == 1
+    assert build().remarks() == []
+    assert "layout" in build(scope="local").remarks()[0]
+
+
+def test_the_histogram_counts_the_tokens_choices() -> None:
+    plan = build(256, 8, affinity="grap")(rows(4096, 256))
+    histogram = plan.metrics["affinity_histogram"][0]
+    assert histogram.sum().item() == pytest.approx(1.0)
+    # The two largest of eight normal numbers: nearly none below 0, nearly none above 4.
+    assert histogram[:16].sum().item() < 0.05
+    assert histogram[24:].sum().item() < 0.01
+
+
+def test_in_fp64_nothing_is_rounded_to_fp32() -> None:
+    router = build().double()
+    assert torch.autograd.gradcheck(lambda rows_TD: router(rows_TD).weights_A, rows(6).double().requires_grad_())

@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from megamoe.config.moe import CapacityConfig, TopKRouterConfig
-from megamoe.moe.capacity import static_capacity
-from megamoe.moe.routers.topk import TopKRouter
+from megamoe.config.moe import CapacityConfig
+from megamoe.config.routers import TopKRouterConfig
+from megamoe.moe.routers.base import RouterSize
+from megamoe.moe.routers.topk import TopKRouter, within_best_groups
 from megamoe.moe.types import RoutingPlan
 from megamoe.testing import assert_close
 
@@ -16,7 +17,8 @@ TOKENS, WIDTH, EXPERTS = 40, 12, 6
 
 
 def build(top_k: int = 2, capacity: CapacityConfig | None = None, **settings) -> TopKRouter:
-    router = TopKRouter(TopKRouterConfig(**settings), WIDTH, EXPERTS, top_k, capacity or CapacityConfig())
+    size = RouterSize(WIDTH, EXPERTS, top_k)
+    router = TopKRouter(TopKRouterConfig(**settings), size, capacity or CapacityConfig())
     generator = torch.Generator().manual_seed(1)
     torch.nn.init.normal_(router.weight, generator=generator)
     return router
@@ -44,11 +46,21 @@ def literal(router: TopKRouter, rows_TD: Tensor) -> dict[tuple[int, int], float]
         else:
             scores = [1 / (1 + math.exp(-v)) for v in logits]
         biased = [score + bias for score, bias in zip(scores, router.bias_E.tolist(), strict=True)]
-        chosen = sorted(range(EXPERTS), key=lambda e: -biased[e])[: router.top_k]
+        allowed = literal_groups(biased, config.num_groups, config.top_groups)
+        chosen = sorted(allowed, key=lambda e: -biased[e])[: router.top_k]
         normalise = config.score == "sigmoid" or (config.normalize_weights and router.top_k > 1)
         mass = sum(scores[e] for e in chosen) if normalise else 1.0
         weights |= {(token, e): scores[e] / mass for e in chosen}
     return weights
+
+
+def literal_groups(selection: list[float], num_groups: int, top_groups: int) -> list[int]:
+    """The experts of the best groups, each ranked by its two best experts."""
+    size = len(selection) // num_groups
+    groups = [list(range(first, first + size)) for first in range(0, len(selection), size)]
+    ranks = [sum(sorted((selection[e] for e in group), reverse=True)[:2]) for group in groups]
+    best = sorted(range(num_groups), key=lambda g: -ranks[g])[:top_groups]
+    return sorted(e for g in best for e in groups[g])
 
 
 @pytest.mark.parametrize("top_k", [1, 2, EXPERTS])
@@ -63,6 +75,34 @@ def test_against_a_loop(top_k: int, settings: dict[str, object]) -> None:
     assert as_dict(plan) == pytest.approx(expected, rel=1e-4)
     assert plan.weights_A.dtype == plan.logits_TE.dtype == torch.float32
     assert len(expected) == TOKENS * top_k
+
+
+GROUPS = [(1, 1), (2, 1), (2, 2), (3, 1), (3, 2), (6, 1), (6, 4)]
+
+
+@pytest.mark.parametrize("num_groups, top_groups", GROUPS)
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+def test_group_limits_against_a_loop(score: str, num_groups: int, top_groups: int) -> None:
+    top_k = min(2, top_groups * EXPERTS // num_groups)
+    settings = {"num_groups": num_groups, "top_groups": top_groups, "bias_update_rate": 0.1}
+    router, rows_TD = build(top_k, score=score, **settings), rows()
+    router.bias_E.copy_(torch.tensor([0.3, -0.9, 0.0, 0.2, -0.1, 0.1]))  # some scores become negative with it
+    plan, expected = router(rows_TD), literal(router, rows_TD)
+    assert as_dict(plan) == pytest.approx(expected, rel=1e-4)
+    free = build(top_k, score=score, bias_update_rate=0.1)
+    free.bias_E.copy_(router.bias_E)
+    limited = num_groups > 1 and top_groups < num_groups and (num_groups < EXPERTS or top_k > top_groups)
+    assert (set(literal(free, rows_TD)) != set(expected)) == limited
+
+
+def test_a_group_ranks_by_its_two_best_experts() -> None:
+    config = TopKRouterConfig(num_groups=3, top_groups=1)
+    selection_TE = torch.tensor([[0.9, 0.0, 0.5, 0.5, -0.2, 0.8], [-5.0, -6.0, -1.0, -9.0, -4.0, -5.0]])
+    inf = math.inf
+    limited = within_best_groups(selection_TE, config).tolist()
+    assert limited[0] == pytest.approx([-inf, -inf, 0.5, 0.5, -inf, -inf])
+    assert limited[1] == pytest.approx([-inf, -inf, -inf, -inf, -4.0, -5.0]), "also where all are negative"
+    assert within_best_groups(selection_TE[:0], config).shape == (0, 6)
 
 
 def test_the_bias_decides_the_choice_and_not_the_weight() -> None:
@@ -146,7 +186,7 @@ def test_static_capacity_drops_the_lowest_scores() -> None:
     router, rows_TD = build(capacity=CapacityConfig(mode="static", factor=0.5)), rows(96)
     router.weight.data[0] *= 3
     plan = router(rows_TD)
-    capacity = static_capacity(96, EXPERTS, 2, 0.5)
+    capacity = 16  # .5 * 2 * 96 / 6
     choices = {}
     scores_TE = (rows_TD @ router.weight.t()).softmax(-1)
     full = as_dict(router.eval()(rows_TD))

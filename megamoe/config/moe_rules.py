@@ -1,0 +1,165 @@
+"""Rules about experts, routers, capacity and dispatch; see :mod:`megamoe.config.rules`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from megamoe.config import derive
+from megamoe.config.problems import Problem
+from megamoe.config.routers import ExpertChoiceRouterConfig, ResonanceRouterConfig, TopKRouterConfig
+from megamoe.config.run import RunConfig
+
+
+def experts_divide_over_ep(config: RunConfig) -> Iterator[Problem]:
+    experts, ep = config.moe.num_experts, config.parallel.ep
+    if experts % ep:
+        what = f"{experts} experts do not divide over parallel.ep {ep}: {experts} % {ep} = {experts % ep}"
+        yield Problem("moe.num_experts", what, ("parallel.ep",))
+
+
+def ep_needs_experts(config: RunConfig) -> Iterator[Problem]:
+    if config.parallel.ep > 1 and config.moe.num_experts == 0:
+        what = f"{config.parallel.ep} needs experts, but moe.num_experts is 0; use 1 for a dense model"
+        yield Problem("parallel.ep", what, ("moe.num_experts",))
+
+
+def top_k_within_experts(config: RunConfig) -> Iterator[Problem]:
+    moe = config.moe
+    if 0 < moe.num_experts < moe.top_k:
+        what = f"a token cannot choose {moe.top_k} of moe.num_experts {moe.num_experts} experts"
+        yield Problem("moe.top_k", what, ("moe.num_experts",))
+
+
+def dense_prefix_leaves_blocks(config: RunConfig) -> Iterator[Problem]:
+    moe, layers = config.moe, config.model.num_layers
+    if moe.num_experts and moe.first_k_dense >= layers:
+        what = f"{moe.first_k_dense} dense blocks leave none of model.num_layers {layers} for experts"
+        yield Problem("moe.first_k_dense", what, ("model.num_layers", "moe.num_experts"))
+
+
+def some_block_has_experts(config: RunConfig) -> Iterator[Problem]:
+    moe, left = config.moe, config.model.num_layers - config.moe.first_k_dense
+    if moe.num_experts and 0 < left < moe.every_n_layers:
+        what = (
+            f"the {left} blocks after the {moe.first_k_dense} dense ones have no {moe.every_n_layers}th; "
+            "use moe.num_experts: 0 for a dense model"
+        )
+        related = ("model.num_layers", "moe.first_k_dense", "moe.num_experts")
+        yield Problem("moe.every_n_layers", what, related)
+
+
+def local_dispatch_needs_local_experts(config: RunConfig) -> Iterator[Problem]:
+    if config.moe.dispatcher == "local" and config.parallel.ep > 1:
+        what = f"local cannot reach the experts of other ranks (parallel.ep {config.parallel.ep}); use auto"
+        yield Problem("moe.dispatcher", what, ("parallel.ep",))
+
+
+def padded_dispatch_needs_a_capacity(config: RunConfig) -> Iterator[Problem]:
+    moe = config.moe
+    if moe.dispatcher != "padded":
+        return
+    if moe.capacity.mode == "dropless":
+        what = "padded needs a bound on each expert's rows, which dropless is not; use all_to_all or a capacity"
+        yield Problem("moe.dispatcher", what, ("moe.capacity.mode",))
+    elif isinstance(moe.router, ResonanceRouterConfig) and moe.router.scope == "ep_group":
+        what = "padded needs a bound on each rank's part, which moe.router.scope ep_group does not have; use all_to_all"
+        yield Problem("moe.dispatcher", what, ("moe.router.scope",))
+
+
+def bounds_need_affinities(config: RunConfig) -> Iterator[Problem]:
+    mode, router = config.moe.capacity.mode, config.moe.router
+    if mode in ("locmoe", "etr_bound", "etr_success") and not isinstance(router, ResonanceRouterConfig):
+        what = f"{mode} follows the affinities of moe.router.type resonance, which {router.type} has not; use static"
+        yield Problem("moe.capacity.mode", what, ("moe.router.type",))
+
+
+def expert_choice_needs_a_capacity(config: RunConfig) -> Iterator[Problem]:
+    mode, router = config.moe.capacity.mode, config.moe.router
+    if isinstance(router, ExpertChoiceRouterConfig) and mode == "dropless":
+        what = "dropless leaves open how many tokens an expert takes by expert_choice; use static with a factor"
+        yield Problem("moe.capacity.mode", what, ("moe.router.type",))
+
+
+def expert_choice_ranks_by_score(config: RunConfig) -> Iterator[Problem]:
+    mode, drop, router = config.moe.capacity.mode, config.moe.capacity.drop, config.moe.router
+    if isinstance(router, ExpertChoiceRouterConfig) and mode != "dropless" and drop != "affinity":
+        what = f"{drop} is not what expert_choice ranks tokens by; use affinity"
+        yield Problem("moe.capacity.drop", what, ("moe.router.type",))
+
+
+def threshold_ranks_by_affinity(config: RunConfig) -> Iterator[Problem]:
+    router, drop = config.moe.router, config.moe.capacity.drop
+    if isinstance(router, ResonanceRouterConfig) and router.threshold < 1 and drop != "affinity":
+        what = (
+            f"{router.threshold} keeps the candidates of highest affinity, which {drop} does not rank by; use affinity"
+        )
+        yield Problem("moe.router.threshold", what, ("moe.capacity.drop",))
+
+
+def minimum_capacity_within_factor(config: RunConfig) -> Iterator[Problem]:
+    capacity = config.moe.capacity
+    if capacity.mode != "dropless" and capacity.minimum > capacity.factor:
+        what = f"{capacity.minimum} of the balanced load is more than moe.capacity.factor {capacity.factor} allows"
+        yield Problem("moe.capacity.minimum", what, ("moe.capacity.factor",))
+
+
+def scale_limits_in_order(config: RunConfig) -> Iterator[Problem]:
+    router, width = config.moe.router, config.model.hidden_size
+    if not isinstance(router, ResonanceRouterConfig) or not router.learn_scale:
+        return
+    least, initial, most = derive.scale_limits(router, width)
+    if not least <= initial <= most:
+        what = f"kappa begins at {initial:.4g}, outside of scale_min {least:.4g} ... scale_max {most:.4g}"
+        yield Problem("moe.router.scale_min", what, ("moe.router.scale_init", "moe.router.scale_max"))
+
+
+def groups_divide_experts(config: RunConfig) -> Iterator[Problem]:
+    router, experts = config.moe.router, config.moe.num_experts
+    if not isinstance(router, TopKRouterConfig) or not config.moe.top_k <= experts:
+        return
+    groups, best = router.num_groups, router.top_groups
+    if experts % groups:
+        what = f"{groups} groups do not divide moe.num_experts {experts}: {experts} % {groups} = {experts % groups}"
+        yield Problem("moe.router.num_groups", what, ("moe.num_experts",))
+    elif best > groups:
+        yield Problem("moe.router.top_groups", f"{best} is more than moe.router.num_groups {groups}")
+    elif config.moe.top_k > best * (experts // groups):
+        what = f"{best} groups of {experts // groups} experts cannot give a token moe.top_k {config.moe.top_k} experts"
+        yield Problem("moe.router.top_groups", what, ("moe.top_k", "moe.router.num_groups"))
+
+
+def grap_slices_hold_a_feature(config: RunConfig) -> Iterator[Problem]:
+    router, experts, width = config.moe.router, config.moe.num_experts, config.model.hidden_size
+    if isinstance(router, ResonanceRouterConfig) and router.affinity != "cosine" and experts > width:
+        what = (
+            f"{router.affinity} gives each expert a slice of model.hidden_size {width} features, too few "
+            f"for moe.num_experts {experts}; use cosine"
+        )
+        yield Problem("moe.router.affinity", what, ("moe.num_experts", "model.hidden_size"))
+
+
+def sigmoid_weights_are_normalised(config: RunConfig) -> Iterator[Problem]:
+    router = config.moe.router
+    if isinstance(router, TopKRouterConfig) and router.score == "sigmoid" and not router.normalize_weights:
+        what = "sigmoid scores do not sum to 1, so their weights are always normalised; use true"
+        yield Problem("moe.router.normalize_weights", what, ("moe.router.score",))
+
+
+MOE_RULES: tuple[Callable[[RunConfig], Iterator[Problem]], ...] = (
+    experts_divide_over_ep,
+    ep_needs_experts,
+    top_k_within_experts,
+    dense_prefix_leaves_blocks,
+    some_block_has_experts,
+    local_dispatch_needs_local_experts,
+    padded_dispatch_needs_a_capacity,
+    bounds_need_affinities,
+    expert_choice_needs_a_capacity,
+    expert_choice_ranks_by_score,
+    threshold_ranks_by_affinity,
+    minimum_capacity_within_factor,
+    scale_limits_in_order,
+    groups_divide_experts,
+    grap_slices_hold_a_feature,
+    sigmoid_weights_are_normalised,
+)

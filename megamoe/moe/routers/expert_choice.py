@@ -1,0 +1,68 @@
+"""Expert choice (arXiv 2202.09368): each expert takes the tokens that score it highest."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megamoe.config.moe import CapacityConfig
+from megamoe.config.routers import ExpertChoiceRouterConfig
+from megamoe.moe import losses, stats
+from megamoe.moe.placement import ALONE, ExpertParallel
+from megamoe.moe.routers.base import Choice, Outcome, Router, RouterSize, auxiliary_losses, count
+from megamoe.moe.types import RoutingPlan
+from megamoe.ops.precision import at_least_fp32
+
+
+class ExpertChoiceRouter(Router):
+    """Each expert takes the C tokens of highest score among all tokens of the micro-batch; C is the static capacity.
+
+    Scores are the softmax of a linear map over experts, and a chosen token's weight is its score as it is. A token gets
+    between 0 and E experts: `drop_share` is then the share of K per token that tokens with fewer experts lack.
+
+    Evaluation (ours) is token choice: the K experts of highest score. An expert's best C tokens depend on later
+    positions and on the rest of the batch, so the model could neither generate nor be compared by its loss. The
+    balance loss counts this choice too, as the experts' choice is balanced already.
+    """
+
+    def __init__(
+        self, config: ExpertChoiceRouterConfig, size: RouterSize, capacity: CapacityConfig, ep: ExpertParallel = ALONE
+    ) -> None:
+        super().__init__(size, capacity, ep)
+        self.config = config
+        self.weight = nn.Parameter(torch.empty(size.num_experts, size.hidden_size))
+
+    def forward(self, rows_TD: Tensor, token_ids_T: Tensor | None = None) -> RoutingPlan:
+        logits_TE = F.linear(at_least_fp32(rows_TD), at_least_fp32(self.weight))
+        scores_TE = logits_TE.softmax(-1)
+        expert_ids_TK = scores_TE.detach().topk(self.top_k, dim=-1).indices
+        outcome = Outcome(
+            logits_TE,
+            losses=auxiliary_losses(self.config, scores_TE, logits_TE, count(expert_ids_TK, self.num_experts)),
+            observations={},
+            metrics={
+                "router_entropy": (losses.entropy(logits_TE.detach()), "mean"),
+                "expert_similarity": (stats.expert_similarity(self.weight), "mean"),
+            },
+        )
+        if self.training:
+            return self._experts_choose(scores_TE, outcome)
+        weights_TK = scores_TE.gather(1, expert_ids_TK)
+        return self.make_plan(Choice(expert_ids_TK, weights_TK, weights_TK), outcome)
+
+    def _experts_choose(self, scores_TE: Tensor, outcome: Outcome) -> RoutingPlan:
+        assert self.bound is not None, "a configuration without a capacity is refused"
+        num_tokens = len(scores_TE)
+        # From the host, so that the shapes below follow without waiting for the device; static: equal for all experts.
+        tokens_EC = best_tokens(scores_TE.detach(), self.bound.capacities(num_tokens)[0])
+        experts_EC = torch.arange(self.num_experts, device=tokens_EC.device)[:, None].expand_as(tokens_EC)
+        weights_EC = scores_TE.t().gather(1, tokens_EC)
+        assignments = tokens_EC.flatten(), experts_EC.flatten(), weights_EC.flatten()
+        return self.assemble(*assignments, outcome, num_tokens, self.limits(num_tokens))
+
+
+def best_tokens(scores_TE: Tensor, capacity: int) -> Tensor:
+    """The C tokens of highest score for each expert, int64 [E, C], in the order of the tokens; ties: earlier ones."""
+    by_score_ET = scores_TE.t().sort(dim=-1, descending=True, stable=True).indices
+    return by_score_ET[:, :capacity].sort(dim=-1).values

@@ -1,0 +1,72 @@
+"""Balanced assignment by Sinkhorn iterations (S-BASE, arXiv 2202.01169)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megamoe.config.moe import CapacityConfig
+from megamoe.config.routers import SinkhornRouterConfig
+from megamoe.moe import losses, stats
+from megamoe.moe.placement import ALONE, ExpertParallel
+from megamoe.moe.routers.base import Choice, Outcome, Router, RouterSize, auxiliary_losses, count
+from megamoe.moe.types import RoutingPlan
+from megamoe.ops.precision import at_least_fp32
+
+
+class SinkhornRouter(Router):
+    """In training each token takes its K experts from an assignment whose load is balanced over the micro-batch.
+
+    The assignment scales exp(logits) until every token gives away 1 and every expert gets T / E; no gradient passes
+    through it. The weights are the softmax of the plain logits, normalised over the token's choices if K > 1.
+
+    Evaluation takes the K highest logits, since the assignment looks across the batch. The balance loss (ours) counts
+    this choice too, as the assignment is balanced already.
+    """
+
+    def __init__(
+        self, config: SinkhornRouterConfig, size: RouterSize, capacity: CapacityConfig, ep: ExpertParallel = ALONE
+    ) -> None:
+        super().__init__(size, capacity, ep)
+        self.config = config
+        self.weight = nn.Parameter(torch.empty(size.num_experts, size.hidden_size))
+
+    def forward(self, rows_TD: Tensor, token_ids_T: Tensor | None = None) -> RoutingPlan:
+        logits_TE = F.linear(at_least_fp32(rows_TD), at_least_fp32(self.weight))
+        probs_TE = logits_TE.softmax(-1)
+        own_TK = logits_TE.detach().topk(self.top_k, dim=-1).indices
+        outcome = Outcome(
+            logits_TE,
+            losses=auxiliary_losses(self.config, probs_TE, logits_TE, count(own_TK, self.num_experts)),
+            observations={},
+            metrics={
+                "router_entropy": (losses.entropy(logits_TE.detach()), "mean"),
+                "expert_similarity": (stats.expert_similarity(self.weight), "mean"),
+            },
+        )
+        expert_ids_TK = own_TK
+        if self.training:
+            assigned_TE = log_assignment(logits_TE.detach(), self.config.iterations)
+            expert_ids_TK = assigned_TE.topk(self.top_k, dim=-1).indices
+        chosen_TK = probs_TE.gather(1, expert_ids_TK)
+        weights_TK = chosen_TK
+        if self.top_k > 1:
+            weights_TK = chosen_TK / chosen_TK.sum(-1, keepdim=True).clamp_min(1e-20)
+        return self.make_plan(Choice(expert_ids_TK, weights_TK, chosen_TK), outcome)
+
+
+def log_assignment(logits_TE: Tensor, iterations: int) -> Tensor:
+    """Logarithm of exp(logits) with rows and columns scaled in turn to sums 1 and T / E, [T, E].
+
+    It ends with the columns: scaling a row changes nothing in which of its entries are largest. In logarithms, where
+    no logit is too large for exp.
+    """
+    num_tokens, num_experts = logits_TE.shape
+    log_load = math.log(max(1, num_tokens) / num_experts)
+    for _ in range(iterations):
+        logits_TE = logits_TE.log_softmax(1)
+        logits_TE = logits_TE.log_softmax(0) + log_load
+    return logits_TE
