@@ -17,6 +17,7 @@ COMMANDS = {
     "bench": "measure against other implementations",
     "check": "check a configuration and show what it means",
     "data": "prepare and inspect training data",
+    "study": "train several arms over several seeds and compare them",
 }
 
 

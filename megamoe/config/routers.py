@@ -67,6 +67,11 @@ class ResonanceRouterConfig(AuxiliaryLosses):
         description="Cumulative-affinity threshold tau of expert choice: keep the fewest candidates whose "
         "positive affinities sum to tau of the total; 1: off.",
     )
+    rank_by: Literal["affinity", "gate"] = Field(
+        "affinity",
+        description="What an expert ranks its candidates by: their affinity, or (ours) the gate weight that they give "
+        "it, by which a token's first choice stands before other tokens' later ones.",
+    )
     scope: Literal["micro_batch", "local", "ep_group"] = Field(
         "micro_batch",
         description="The tokens among which an expert chooses: one micro-batch of one data-parallel rank, the rows of "

@@ -36,9 +36,7 @@ class Block(nn.Module):
         else:
             self.ffn = FeedForward(model.hidden_size, model.ffn_size)
 
-    def forward(
-        self, x_BSD: Tensor, tokens_BS: Tensor, cache: KeyValueCache | None = None
-    ) -> tuple[Tensor, LayerAux]:
+    def forward(self, x_BSD: Tensor, tokens_BS: Tensor, cache: KeyValueCache | None = None) -> tuple[Tensor, LayerAux]:
         """[B, S, D] to ([B, S, D], what the MoE layer returned besides, empty for a dense block).
 
         `tokens_BS` are the vocabulary entries at the positions of `x_BSD`, for routers that look at them.

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from megamoe.config.moe import CapacityConfig
 
-LARGEST_SAMPLE = 2048
-"""Rows of a micro-batch that a bound looks at, evenly spread; an estimate over many steps needs no more."""
+LARGEST_SAMPLE = 1 << 15
+"""Affinities of a micro-batch that a bound looks at, in rows evenly spread. An average over many steps needs no more,
+and looking at those of 64 experts would cost more than choosing them."""
 SIZES = 16
 """Padded exchanges have at most about this many different sizes."""
 BINS = 256
@@ -237,8 +238,8 @@ def locmoe_bound(x: float, num_experts: int) -> float:
 
 
 def sample(rows_TE: Tensor) -> Tensor:
-    """At most LARGEST_SAMPLE rows, evenly spread, without gradient."""
-    stride = max(1, math.ceil(rows_TE.shape[0] / LARGEST_SAMPLE))
+    """Rows with at most LARGEST_SAMPLE values in all, evenly spread, without gradient."""
+    stride = max(1, math.ceil(rows_TE.numel() / LARGEST_SAMPLE))
     return rows_TE.detach()[::stride]
 
 

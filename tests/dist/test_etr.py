@@ -280,3 +280,17 @@ def _top_k() -> tuple[str, bool]:
     trained = run(layer, tokens(dist.get_rank())).plan.capacity
     layer.eval()
     return layer.dispatcher.name, trained is not None and layer.router(tokens(0)).capacity is None
+
+
+def uneven() -> str:
+    layer = build(moe(CAPACITIES["static"]), ep_group(2))
+    try:
+        layer(tokens(dist.get_rank())[: 40 + 30 * (dist.get_rank() % 2)])
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def test_ranks_with_different_numbers_of_rows_are_told_so() -> None:
+    for message in run_ranks(uneven, RANKS):
+        assert message.startswith("a padded exchange needs as many rows on every rank; capacities over ranks: [")

@@ -23,6 +23,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("convert", "eval", "plan", "report"),
     ("testing",),
     ("bench",),
+    ("study",),
     ("cli",),
     ("launch",),
 )

@@ -9,12 +9,14 @@ import yaml
 from megamoe.common.errors import ConfigError
 from megamoe.config.load import load_config
 from megamoe.config.schema import json_schema
+from megamoe.study.plan import load_study
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs"
 # Recipes lie directly in configs/ and stand alone; everything in a folder below is laid over a recipe.
 RECIPES = sorted(CONFIGS.glob("*.yaml"))
-OVERLAYS = sorted(CONFIGS.glob("*/**/*.yaml"))
+STUDIES = sorted(CONFIGS.glob("reproduce/**/study*.yaml"))
+OVERLAYS = sorted(set(CONFIGS.glob("*/**/*.yaml")) - set(STUDIES))
 # What an overlay is laid over where that is not configs/tiny.yaml; an empty tuple means that it stands alone.
 BASE: dict[str, tuple[str, ...]] = {}
 
@@ -34,11 +36,16 @@ def test_every_overlay_loads_over_its_recipe(path: Path) -> None:
     load_config([*(CONFIGS / name for name in base), path])
 
 
+@pytest.mark.parametrize("path", STUDIES, ids=relative)
+def test_every_study_loads_with_all_its_arms(path: Path) -> None:
+    assert len(load_study(path).arms) > 1
+
+
 def test_the_table_of_bases_is_current() -> None:
     assert BASE.keys() <= set(map(relative, OVERLAYS))
 
 
-@pytest.mark.parametrize("path", [*RECIPES, *OVERLAYS], ids=relative)
+@pytest.mark.parametrize("path", [*RECIPES, *OVERLAYS, *STUDIES], ids=relative)
 def test_every_file_says_in_its_first_line_what_it_is_for(path: Path) -> None:
     assert path.read_text(encoding="utf-8").startswith("# "), "begin with a comment"
     assert yaml.safe_load(path.read_text(encoding="utf-8")), "an overlay that changes nothing"

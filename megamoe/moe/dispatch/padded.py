@@ -42,11 +42,13 @@ class PaddedDispatcher(Dispatcher):
         self.group = group
         self.num_ranks = dist.get_world_size(group)
         self.ragged = AllToAllDispatcher(group)
+        self._agreed = False
 
     def dispatch(self, rows_TD: Tensor, plan: RoutingPlan) -> tuple[Tensor, Tensor, DispatchHandle]:
         if plan.capacity is None:
             return self.ragged.dispatch(rows_TD, plan)
         num_experts, capacity = len(plan.rows_per_expert_E), plan.capacity
+        self._agree(capacity, plan.rows_per_expert_E)
         slot_A = slots_of(plan.rows_per_expert_E, plan.expert_ids_A, capacity)
         sent_AD, num_slots = gather_rows(rows_TD, plan.token_ids_A), num_experts * capacity
         arrived_SD, arrived_S = _PaddedExchange.apply(sent_AD, plan.weights_A, slot_A, num_slots, self.group)
@@ -59,6 +61,21 @@ class PaddedDispatcher(Dispatcher):
         sent_bytes = elsewhere * (width + rows_TD.shape[1]) * rows_TD.element_size()
         handle = DispatchHandle(weights_S, plan, rows_TD.shape[0], _Slots(slot_A, order_S), sent_bytes)
         return gather_rows(arrived_SD, order_S), rows_per_expert_L, handle
+
+    def _agree(self, capacity: int, like: Tensor) -> None:
+        """Compare C over the ranks, the first time only: different sizes would end every process without a reason.
+
+        Raises:
+            ValueError: the ranks do not agree.
+        """
+        if self._agreed:
+            return
+        sizes = [torch.empty(1, dtype=torch.int64, device=like.device) for _ in range(self.num_ranks)]
+        dist.all_gather(sizes, torch.tensor([capacity], device=like.device), group=self.group)
+        found = [int(size) for size in sizes]
+        if len(set(found)) > 1:
+            raise ValueError(f"a padded exchange needs as many rows on every rank; capacities over ranks: {found}")
+        self._agreed = True
 
     def combine(self, rows_RD: Tensor, handle: DispatchHandle) -> Tensor:
         if not isinstance(handle.state, _Slots):

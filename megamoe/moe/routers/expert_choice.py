@@ -13,6 +13,7 @@ from megamoe.moe.placement import ALONE, ExpertParallel
 from megamoe.moe.routers.base import Choice, Outcome, Router, RouterSize, auxiliary_losses, count
 from megamoe.moe.types import RoutingPlan
 from megamoe.ops.precision import at_least_fp32
+from megamoe.ops.row_softmax import row_softmax
 
 
 class ExpertChoiceRouter(Router):
@@ -35,14 +36,14 @@ class ExpertChoiceRouter(Router):
 
     def forward(self, rows_TD: Tensor, token_ids_T: Tensor | None = None) -> RoutingPlan:
         logits_TE = F.linear(at_least_fp32(rows_TD), at_least_fp32(self.weight))
-        scores_TE = logits_TE.softmax(-1)
+        scores_TE = row_softmax(logits_TE)
         expert_ids_TK = scores_TE.detach().topk(self.top_k, dim=-1).indices
         outcome = Outcome(
             logits_TE,
             losses=auxiliary_losses(self.config, scores_TE, logits_TE, count(expert_ids_TK, self.num_experts)),
             observations={},
             metrics={
-                "router_entropy": (losses.entropy(logits_TE.detach()), "mean"),
+                "router_entropy": (losses.entropy(scores_TE), "mean"),
                 "expert_similarity": (stats.expert_similarity(self.weight), "mean"),
             },
         )

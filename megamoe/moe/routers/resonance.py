@@ -16,6 +16,7 @@ from megamoe.moe.routers.base import Choice, Outcome, Router, RouterSize, auxili
 from megamoe.moe.types import RoutingPlan
 from megamoe.ops.affinity import GRAP_AFFINITY, GrapAffinity
 from megamoe.ops.precision import at_least_fp32
+from megamoe.ops.row_softmax import row_softmax
 from megamoe.parallel import collectives
 
 
@@ -27,6 +28,8 @@ class ResonanceRouter(Router):
     2. Token choice: each token takes its K experts of highest affinity.
     3. Expert choice: each expert keeps, of the tokens that chose it, the ones of highest affinity (`capacity`,
        `threshold`). The printed equation keeps the first by arrival; it contradicts the text, which we follow.
+       `rank_by: gate` (ours) ranks by the weights of step 4 instead: a token's first choice weighs more than another
+       token's last one even if that one is closer, so fewer tokens are left without their best expert.
     4. Weights: softmax(kappa * delta), normalised over the token's choices before step 3 (ours: the paper is silent).
 
     Expert vectors w_i: `grap` is grouped average pooling, constant on the i-th of E contiguous slices of the features;
@@ -89,7 +92,7 @@ class ResonanceRouter(Router):
         affinity_TE, row_sum_D = self.affinity(rows_TD)
         kappa = self.scale()
         logits_TE = kappa * affinity_TE
-        probs_TE = logits_TE.softmax(-1)
+        probs_TE = row_softmax(logits_TE)
         affinity_TK, expert_ids_TK = affinity_TE.detach().topk(self.top_k, dim=-1)
         weights_TK = probs_TE.gather(1, expert_ids_TK)
         if self.top_k > 1:
@@ -99,14 +102,15 @@ class ResonanceRouter(Router):
             losses=self._losses(probs_TE, logits_TE, expert_ids_TK),
             observations=self._observe(row_sum_D, affinity_TE),
             metrics={
-                "router_entropy": (losses.entropy(logits_TE.detach()), "mean"),
+                "router_entropy": (losses.entropy(probs_TE), "mean"),
                 "router_scale": (kappa.detach(), "mean"),
                 "affinity_histogram": (stats.affinity_histogram(affinity_TK, self.hidden_size), "mean"),
             },
         )
         if self.config.affinity == "cosine":  # the others are orthogonal by construction
             outcome.metrics["expert_similarity"] = (stats.expert_similarity(self.weight), "mean")
-        return self.make_plan(Choice(expert_ids_TK, weights_TK, affinity_TK), outcome, self.config.threshold)
+        rank_TK = affinity_TK if self.config.rank_by == "affinity" else weights_TK.detach()
+        return self.make_plan(Choice(expert_ids_TK, weights_TK, rank_TK), outcome, self.config.threshold)
 
     def keep(self, choice: Choice, limits: Limits | None, threshold: float) -> Tensor:
         if self.config.scope != "ep_group" or self.ep.size == 1:

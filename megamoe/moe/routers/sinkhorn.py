@@ -15,6 +15,7 @@ from megamoe.moe.placement import ALONE, ExpertParallel
 from megamoe.moe.routers.base import Choice, Outcome, Router, RouterSize, auxiliary_losses, count
 from megamoe.moe.types import RoutingPlan
 from megamoe.ops.precision import at_least_fp32
+from megamoe.ops.row_softmax import row_softmax
 
 
 class SinkhornRouter(Router):
@@ -36,14 +37,14 @@ class SinkhornRouter(Router):
 
     def forward(self, rows_TD: Tensor, token_ids_T: Tensor | None = None) -> RoutingPlan:
         logits_TE = F.linear(at_least_fp32(rows_TD), at_least_fp32(self.weight))
-        probs_TE = logits_TE.softmax(-1)
+        probs_TE = row_softmax(logits_TE)
         own_TK = logits_TE.detach().topk(self.top_k, dim=-1).indices
         outcome = Outcome(
             logits_TE,
             losses=auxiliary_losses(self.config, probs_TE, logits_TE, count(own_TK, self.num_experts)),
             observations={},
             metrics={
-                "router_entropy": (losses.entropy(logits_TE.detach()), "mean"),
+                "router_entropy": (losses.entropy(probs_TE), "mean"),
                 "expert_similarity": (stats.expert_similarity(self.weight), "mean"),
             },
         )

@@ -13,6 +13,7 @@ from megamoe.moe.placement import ALONE, ExpertParallel
 from megamoe.moe.routers.base import Choice, Outcome, Router, RouterSize, auxiliary_losses, count
 from megamoe.moe.types import RoutingPlan
 from megamoe.ops.precision import at_least_fp32
+from megamoe.ops.row_softmax import row_softmax
 
 
 class TopKRouter(Router):
@@ -36,7 +37,7 @@ class TopKRouter(Router):
     def forward(self, rows_TD: Tensor, token_ids_T: Tensor | None = None) -> RoutingPlan:
         # In fp32 whatever the model's dtype: two experts' logits often differ by less than bf16 resolves.
         logits_TE = F.linear(at_least_fp32(rows_TD), at_least_fp32(self.weight))
-        scores_TE = logits_TE.softmax(-1) if self.config.score == "softmax" else logits_TE.sigmoid()
+        scores_TE = row_softmax(logits_TE) if self.config.score == "softmax" else logits_TE.sigmoid()
         selection_TE = within_best_groups(scores_TE.detach() + self.bias_E, self.config)
         expert_ids_TK = selection_TE.topk(self.top_k, dim=-1).indices
         chosen_TK = scores_TE.gather(1, expert_ids_TK)
@@ -50,14 +51,11 @@ class TopKRouter(Router):
             losses=auxiliary_losses(self.config, probs_TE, logits_TE, chosen_E),
             observations={"chosen_per_expert": chosen_E.float()} if self.config.bias_update_rate else {},
             metrics={
-                "router_entropy": (losses.entropy(self._log_scores(logits_TE.detach())), "mean"),
+                "router_entropy": (losses.entropy(probs_TE), "mean"),
                 "expert_similarity": (stats.expert_similarity(self.weight), "mean"),
             },
         )
         return self.make_plan(Choice(expert_ids_TK, weights_TK, chosen_TK), outcome)
-
-    def _log_scores(self, logits_TE: Tensor) -> Tensor:
-        return logits_TE if self.config.score == "softmax" else F.logsigmoid(logits_TE)
 
     def update(self, observations: dict[str, Tensor]) -> None:
         super().update(observations)

@@ -166,8 +166,8 @@ def test_capacity_shrinks_as_experts_tell_their_tokens_apart(bump: float, share:
 
 
 def test_observation_looks_at_a_sample_of_a_large_batch() -> None:
-    affinity_TE = isotropic(3 * bounds.LARGEST_SAMPLE, 4) / 16
-    assert len(bounds.sample(affinity_TE)) == bounds.LARGEST_SAMPLE
+    affinity_TE = isotropic(3 * bounds.LARGEST_SAMPLE // 4, 4) / 16
+    assert bounds.sample(affinity_TE).numel() == bounds.LARGEST_SAMPLE
     seen = build("etr_success", 4).observe(affinity_TE.requires_grad_())
     assert not seen["pairs"].requires_grad
     assert float((seen["misranked"] / seen["pairs"]).mean()) == pytest.approx(0.1, abs=0.02)

@@ -370,3 +370,22 @@ def test_the_histogram_counts_the_tokens_choices() -> None:
 def test_in_fp64_nothing_is_rounded_to_fp32() -> None:
     router = build().double()
     assert torch.autograd.gradcheck(lambda rows_TD: router(rows_TD).weights_A, rows(6).double().requires_grad_())
+
+
+def test_ranked_by_gate_an_expert_keeps_those_that_weigh_it_most() -> None:
+    capacity = CapacityConfig(mode="static", factor=0.5)
+    rows_TD = rows(96)
+    router = build(capacity=capacity, affinity="grap", rank_by="gate")
+    free = build(affinity="grap")(rows_TD)
+    plan = router(rows_TD)
+    found = zip(free.token_ids_A.tolist(), free.expert_ids_A.tolist(), free.weights_A.tolist(), strict=True)
+    weight = {(token, expert): value for token, expert, value in found}
+    kept = set(zip(plan.token_ids_A.tolist(), plan.expert_ids_A.tolist(), strict=True))
+    assert kept < set(weight)
+    for expert in range(EXPERTS):
+        mine = [w for pair, w in weight.items() if pair[1] == expert and pair in kept]
+        dropped = [w for pair, w in weight.items() if pair[1] == expert and pair not in kept]
+        assert min(mine) >= max(dropped, default=0.0)
+    # With two choices a first one weighs at least a half: it is dropped only after every second one.
+    by_affinity = build(capacity=capacity, affinity="grap")(rows_TD)
+    assert plan.metrics["unserved_share"][0] < by_affinity.metrics["unserved_share"][0]
