@@ -87,16 +87,23 @@ def prepared_samples(config: RunConfig) -> Batches:
     return batches
 
 
-def train_steps(config: RunConfig, steps: int, batches: Batches = random_tokens) -> ParityRun:
+def train_steps(
+    config: RunConfig,
+    steps: int,
+    batches: Batches = random_tokens,
+    before: Callable[[Decoder], None] = lambda model: None,
+) -> ParityRun:
     """Train with the configuration's schedule. Collective over the default group.
 
     Args:
         batches: (config, step, global micro-batch) to tokens and labels [B, S]; the same on every layout.
+        before: called with this rank's model inside the engine before the first step (ZeRO 0 only), to disturb it.
     """
     world_size = collectives.world_size()
     groups = build_groups(topology_of(config.parallel, world_size))
     runtime = Runtime(collectives.rank(), world_size, torch.device("cpu"), groups)
     engine = build_engine(config, runtime, derive.vocab_size(config))
+    before(engine.model)
     run, micro_steps = ParityRun(), derive.accumulation_steps(config, world_size)
     for step in range(steps):
         accumulator = Accumulator()
