@@ -19,6 +19,13 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--runs", type=Path, metavar="FOLDER", help="folder of the runs (default: runs/<study>)")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="folder of the report (default: that of the runs)")
     parser.add_argument("--jobs", type=int, metavar="N", help="runs side by side (default: one per CPU)")
+    parser.add_argument(
+        "--config",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="a configuration over those of the study, for another setting of the same arms; may be repeated",
+    )
     parser.add_argument("--only", default="", metavar="ARM[,ARM]", help="these arms, and the baseline")
     parser.add_argument("--seeds", type=int, metavar="N", help="the first N seeds (default: all)")
     parser.add_argument("--phase", choices=("train", "cost", "report", "all"), default="all", help="(default: all)")
@@ -39,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
     jobs = env.cpu_count() if args.jobs is None else args.jobs
     if jobs < 1 or args.limit <= 0:
         raise ConfigError("--jobs and --limit are above 0.", got=f"--jobs {jobs} --limit {args.limit}")
-    study = load_study(args.plan, args.overrides, _names(args.only), args.seeds)
+    study = load_study(args.plan, args.overrides, _names(args.only), args.seeds, args.config)
     runs = args.runs or Path("runs") / _study_name(study.path)
     setup_logging()
     # Imported only now: a wrong study is reported in a blink, without waiting for torch.
@@ -62,9 +69,10 @@ def _study_name(path: Path) -> str:
 
 def _command(args: argparse.Namespace) -> str:
     """What a reader types to get the same results; folders and the number of jobs are theirs to choose."""
+    more = [word for path in args.config for word in ("--config", path)]
     only = ["--only", args.only] if args.only else []
     seeds = ["--seeds", str(args.seeds)] if args.seeds is not None else []
-    return shlex.join(["python", "-m", "megamoe", "study", args.plan, *only, *seeds, *args.overrides])
+    return shlex.join(["python", "-m", "megamoe", "study", args.plan, *more, *only, *seeds, *args.overrides])
 
 
 def _names(text: str) -> tuple[str, ...]:

@@ -105,7 +105,11 @@ class Study:
 
 
 def load_study(
-    path: str | Path, overrides: Sequence[str] = (), only: Sequence[str] = (), num_seeds: int | None = None
+    path: str | Path,
+    overrides: Sequence[str] = (),
+    only: Sequence[str] = (),
+    num_seeds: int | None = None,
+    more: Sequence[str | Path] = (),
 ) -> Study:
     """Read a study's file and check every arm.
 
@@ -113,6 +117,7 @@ def load_study(
         overrides: `section.field=value` for all arms; an arm's own settings win over them.
         only: leave out the arms that are not named; the baseline stays.
         num_seeds: the first so many; None: all.
+        more: configuration files over those of the study, for another setting of the same arms.
 
     Raises:
         ConfigError: the file, an arm's configuration, or the choice of arms or seeds is wrong.
@@ -120,7 +125,7 @@ def load_study(
     path = Path(path)
     plan = read_plan(path)
     _check_choice(plan, only, num_seeds)
-    files = tuple(path.parent / name for name in plan.config)
+    files = (*(path.parent / name for name in plan.config), *map(Path, more))
     chosen = [name for name in plan.arms if not only or name in only or name == plan.baseline]
     arms = {name: _load_arm(plan, name, files, tuple(overrides)) for name in chosen}
     _check_equal_tokens(arms, plan.baseline)

@@ -18,7 +18,7 @@ RECIPES = sorted(CONFIGS.glob("*.yaml"))
 STUDIES = sorted(CONFIGS.glob("reproduce/**/study*.yaml"))
 OVERLAYS = sorted(set(CONFIGS.glob("*/**/*.yaml")) - set(STUDIES))
 # What an overlay is laid over where that is not configs/tiny.yaml; an empty tuple means that it stands alone.
-BASE: dict[str, tuple[str, ...]] = {}
+BASE: dict[str, tuple[str, ...]] = {"reproduce/etr/gpu.yaml": ("reproduce/etr/base.yaml",)}
 
 
 def relative(path: Path) -> str:

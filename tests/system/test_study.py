@@ -1,0 +1,70 @@
+"""A whole study through its command: two arms, two seeds, cost on two ranks, and a page with pictures."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megamoe.testing.configs import TINY
+from megamoe.testing.launches import launch
+from megamoe.testing.runs import prepared_run
+
+pytestmark = pytest.mark.slow
+
+PLAN = """\
+title: Small
+question: Is it all there?
+config: [base.yaml]
+baseline: topk
+arms:
+  topk: {label: top-k, set: [moe.capacity.mode=static, moe.capacity.drop=position]}
+  etr: {label: ETR, set: [moe.router.type=resonance, moe.capacity.mode=etr_success], why: ours}
+seeds: [5, 6]
+curves: [capacity, misranking]
+cost: {ranks: 2, set: [parallel.ep=2], steps: 1, rounds: 2}
+"""
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    folder = tmp_path_factory.mktemp("study")
+    (folder / "base.yaml").write_text("parallel: {ep: 1, zero_stage: 0}\n")
+    (folder / "study.yaml").write_text(PLAN)
+    settings = [*TINY, *prepared_run(folder, "training.steps=4", "training.schedule.warmup_steps=1")]
+    return ["study", str(folder / "study.yaml"), "--runs", str(folder / "runs"), *settings]
+
+
+def test_a_study_from_its_file_to_its_page(words: list[str]) -> None:
+    done = launch("python", "megamoe/__main__.py", words, timeout=300)
+    assert done.returncode == 0, done.output
+    runs = Path(words[3])
+    results = json.loads((runs / "results.json").read_text())
+    assert results["missing"] == []
+    etr = results["arms"]["etr"]
+    assert etr["differences"]["validation_loss"]["seeds"] == 2
+    assert etr["cost"]["step_time"]["median"] > 0
+    # Two ranks swap rows: twice the slots of the experts elsewhere, with one weight each on the way there.
+    assert etr["cost"]["metrics"]["sent_bytes"] > 0
+    assert set(etr["curves"]) == {"capacity", "misranking"}
+    assert results["arms"]["topk"]["means"]["calinski_harabasz"]["seeds"] == 2
+    page = (runs / "results.md").read_text()
+    for picture in ("differences", "cost_against_loss", "loss", "curve_capacity"):
+        assert f"]({picture}.svg)" in page
+        assert (runs / f"{picture}.svg").stat().st_size > 1000
+
+    again = launch("python", "megamoe/__main__.py", [*words, "--phase", "train"], timeout=120)
+    assert again.returncode == 0, again.output
+    assert "4 runs, 4 of them complete already" in again.output
+
+    other = launch("python", "megamoe/__main__.py", [*words, "moe.top_k=1", "--phase", "train"], timeout=120)
+    assert other.returncode == 2, other.output
+    assert "holds runs with other settings" in other.output
+
+
+def test_a_failing_run_is_shown_and_the_others_go_on(words: list[str], tmp_path: Path) -> None:
+    """One arm's folder cannot be written, because a file is in its place."""
+    (tmp_path / "etr").write_text("in the way")
+    arguments = [*words[:2], "--runs", str(tmp_path), *words[4:], "--seeds", "1", "--phase", "train"]
+    failed = launch("python", "megamoe/__main__.py", arguments, timeout=120)
+    assert failed.returncode != 0
+    assert "etr" in failed.output
