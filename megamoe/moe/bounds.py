@@ -44,11 +44,6 @@ class StaticBound(nn.Module):
         super().__init__()
         self.config, self.num_experts, self.top_k, self.hidden_size = config, num_experts, top_k, hidden_size
         self._limits: dict[tuple[int, torch.device], Limits] = {}
-        self.register_load_state_dict_post_hook(lambda module, keys: module.forget())
-
-    def forget(self) -> None:
-        """Drop what was derived from the statistics; called when they change."""
-        self._limits.clear()
 
     def limits(self, num_tokens: int, device: torch.device) -> Limits:
         """The limits of a micro-batch of T rows."""
@@ -93,7 +88,11 @@ class StaticBound(nn.Module):
 
 
 class _FollowingBound(StaticBound):
-    """A bound with an estimate: a buffer on the device, for checkpoints, and its copy on the host."""
+    """A bound with an estimate: a buffer on the device, for checkpoints, and its copy on the host.
+
+    The copy holds as long as nobody wrote into the buffers, which torch counts; so a loaded checkpoint is noticed,
+    however it was loaded.
+    """
 
     num_updates: Tensor
     estimate: Tensor
@@ -102,17 +101,25 @@ class _FollowingBound(StaticBound):
         super().__init__(config, num_experts, top_k, hidden_size)
         self.register_buffer("num_updates", torch.zeros((), dtype=torch.int64))
         self.register_buffer("estimate", torch.zeros(size, dtype=torch.float32))
-        self._host: tuple[int, list[float]] | None = None
+        self._host: tuple[int, list[float]] = 0, [0.0] * size
+        self._written = self._writes()
 
-    def forget(self) -> None:
-        super().forget()
-        self._host = None
+    def limits(self, num_tokens: int, device: torch.device) -> Limits:
+        self.state()
+        return super().limits(num_tokens, device)
 
     def state(self) -> tuple[int, list[float]]:
         """Number of updates and the estimate. Waits for the device once after a checkpoint was loaded, never else."""
-        if self._host is None:
-            self._host = int(self.num_updates), self.estimate.tolist()
+        if self._written != self._writes():
+            self._keep(int(self.num_updates), self.estimate.tolist())
         return self._host
+
+    def _writes(self) -> tuple[int, int]:
+        return self.num_updates._version, self.estimate._version
+
+    def _keep(self, updates: int, estimate: list[float]) -> None:
+        self._host, self._written = (updates, estimate), self._writes()
+        self._limits.clear()
 
     def following(self) -> bool:
         """Whether there is an estimate and the warm-up is over."""
@@ -123,11 +130,11 @@ class _FollowingBound(StaticBound):
         updates, past = self.state()
         keep = momentum if updates else 0.0
         moved = [keep * old + (1 - keep) * new for old, new in zip(past, fresh, strict=True)]
-        self.estimate.copy_(torch.tensor(moved, dtype=torch.float32), non_blocking=True)
+        rounded = torch.tensor(moved, dtype=torch.float32)
+        self.estimate.copy_(rounded, non_blocking=True)
         self.num_updates.add_(1)
-        self.forget()
         # The host goes on from what the buffer holds, so that a resumed run continues with the same numbers.
-        self._host = updates + 1, torch.tensor(moved, dtype=torch.float32).tolist()
+        self._keep(updates + 1, rounded.tolist())
 
 
 class LocMoEBound(_FollowingBound):

@@ -49,6 +49,23 @@ def test_running_statistics_travel(tmp_path: Path) -> None:
     assert torch.equal(other.blocks[1].ffn.router.token_mean_D, one.blocks[1].ffn.router.token_mean_D)
 
 
+def test_a_capacity_bound_travels_to_another_layout_and_is_noticed_there(tmp_path: Path) -> None:
+    kind = ("moe.router.type=resonance", "moe.capacity.mode=etr_success")
+    for rank in range(2):
+        one = model(2, rank, 1, *kind)
+        for block in one.blocks:
+            block.ffn.router.bound.move([0.01 * (1 + i) for i in range(8)], 0.5)
+        save_weights(tmp_path, one.named_parameters(), one, dense=rank == 0, experts=True)
+    other = model(1, 0, 2, *kind)
+    bounds = [block.ffn.router.bound for block in other.blocks]
+    static = [bound.limits(256, torch.device("cpu")).per_expert_E.tolist() for bound in bounds]
+    load_weights(tmp_path, other)
+    for bound, before in zip(bounds, static, strict=True):
+        assert bound.state()[0] == 1
+        assert bound.state()[1] == pytest.approx([0.01 * (1 + i) for i in range(8)])
+        assert bound.limits(256, torch.device("cpu")).per_expert_E.tolist() != before
+
+
 def test_an_untied_head_and_dense_blocks_travel(tmp_path: Path) -> None:
     mixed = ("model.tie_embeddings=false", "moe.first_k_dense=1", "moe.num_shared_experts=1")
     save(tmp_path, 2, *mixed)
