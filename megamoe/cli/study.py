@@ -18,7 +18,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides for all arms")
     parser.add_argument("--runs", type=Path, metavar="FOLDER", help="folder of the runs (default: runs/<study>)")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="folder of the report (default: that of the runs)")
-    parser.add_argument("--jobs", type=int, metavar="N", help="runs side by side (default: one per CPU)")
+    parser.add_argument(
+        "--jobs", type=int, metavar="N", help="runs side by side (default: one per CPU; 1 where there is a GPU)"
+    )
     parser.add_argument(
         "--config",
         action="append",
@@ -38,20 +40,19 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(args: argparse.Namespace) -> int:
     """Carry out the phases, print the page and the failures; 1 if a run failed."""
-    from megamoe.common import env
     from megamoe.common.errors import ConfigError
     from megamoe.common.log import setup_logging
     from megamoe.study.plan import load_study
 
-    jobs = env.cpu_count() if args.jobs is None else args.jobs
-    if jobs < 1 or args.limit <= 0:
-        raise ConfigError("--jobs and --limit are above 0.", got=f"--jobs {jobs} --limit {args.limit}")
+    if (args.jobs is not None and args.jobs < 1) or args.limit <= 0:
+        raise ConfigError("--jobs and --limit are above 0.", got=f"--jobs {args.jobs} --limit {args.limit}")
     study = load_study(args.plan, args.overrides, _names(args.only), args.seeds, args.config)
     runs = args.runs or Path("runs") / _study_name(study.path)
     setup_logging()
     # Imported only now: a wrong study is reported in a blink, without waiting for torch.
-    from megamoe.study.study import Options, run_study
+    from megamoe.study.study import Options, default_jobs, run_study
 
+    jobs = args.jobs or default_jobs()
     options = Options(runs, args.out or runs, jobs, args.limit, args.fresh, args.phase, _command(args))
     outcome = run_study(study, options)
     if outcome.page:

@@ -18,13 +18,20 @@ _MODEL = (
     "tie_embeddings",
 )
 _MOE = ("num_experts", "top_k", "expert_ffn_size", "every_n_layers", "first_k_dense", "num_shared_experts")
-_ROUTER = ("type", "score", "normalize_weights", "affinity", "centre", "learn_scale")
+_ROUTER = (
+    *("type", "score", "normalize_weights", "num_groups", "top_groups"),
+    *("affinity", "centre", "learn_scale"),
+    "seed",
+)
+_FOLLOWING = ("locmoe", "etr_bound", "etr_success")
+"""Capacities that keep an estimate in the checkpoint."""
 
 
 def architecture(config: RunConfig, vocab_size: int) -> dict[str, Any]:
     """Flat dictionary of dotted names, equal for two runs whose checkpoints fit each other.
 
-    Losses, capacity, implementations and everything about training are left out: they may change between the two.
+    Losses, capacity (but for what a bound remembers), implementations and everything about training are left out: they
+    may change between the two.
     """
     values: dict[str, Any] = {"model.vocab_size": vocab_size}
     values |= {f"model.{name}": getattr(config.model, name) for name in _MODEL}
@@ -33,6 +40,8 @@ def architecture(config: RunConfig, vocab_size: int) -> dict[str, Any]:
         values |= {f"moe.{name}": getattr(config.moe, name) for name in _MOE}
         router = config.moe.router
         values |= {f"moe.router.{name}": getattr(router, name) for name in _ROUTER if hasattr(router, name)}
+        mode = config.moe.capacity.mode
+        values["moe.capacity.mode"] = mode if mode in _FOLLOWING else "dropless or static"
     return values
 
 

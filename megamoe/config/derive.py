@@ -102,10 +102,10 @@ def _router_parameters(moe: MoEConfig, hidden_size: int) -> int:
 
 
 def scale_limits(router: ResonanceRouterConfig, hidden_size: int) -> tuple[float, float, float]:
-    """ETR's kappa: smallest, initial, largest."""
+    """ETR's kappa: smallest, initial, largest. A limit that is not given makes room for an initial value that is."""
     root = math.sqrt(hidden_size)
-    initial = 14.0 if router.affinity == "cosine" else 2.0 * root
-    return router.scale_min or root / 2, router.scale_init or initial, router.scale_max or 16 * root
+    initial = router.scale_init or (14.0 if router.affinity == "cosine" else 2.0 * root)
+    return router.scale_min or min(root / 2, initial), initial, router.scale_max or max(16 * root, initial)
 
 
 def parameter_counts(config: RunConfig, tokenizer_size: int | None = None) -> dict[str, ParameterCount]:

@@ -55,6 +55,6 @@ class MoEConfig(Section):
         "auto",
         description="How rows reach their experts. local: no exchange. all_to_all: exactly the rows kept, after an "
         "exchange of their numbers. padded: the capacity's rows for every expert, without an exchange of numbers or a "
-        "wait of the host; needs a capacity. auto: local where parallel.ep is 1, else padded with a capacity and "
+        "wait for it; needs a capacity. auto: local where parallel.ep is 1, else padded with a capacity and "
         "all_to_all without.",
     )

@@ -105,7 +105,7 @@ def minimum_capacity_within_factor(config: RunConfig) -> Iterator[Problem]:
 
 def scale_limits_in_order(config: RunConfig) -> Iterator[Problem]:
     router, width = config.moe.router, config.model.hidden_size
-    if not isinstance(router, ResonanceRouterConfig) or not router.learn_scale:
+    if not isinstance(router, ResonanceRouterConfig):
         return
     least, initial, most = derive.scale_limits(router, width)
     if not least <= initial <= most:

@@ -25,7 +25,8 @@ class TopKRouterConfig(AuxiliaryLosses):
         description="softmax: Switch, GShard, Mixtral. sigmoid: DeepSeek-V3, with a selection bias instead of a loss.",
     )
     normalize_weights: bool = Field(
-        True, description="Divide the chosen experts' weights by their sum (always so for sigmoid scores)."
+        True,
+        description="Divide the chosen experts' weights by their sum, for top_k > 1 (always so for sigmoid scores).",
     )
     bias_update_rate: float = Field(
         0.0,
@@ -58,14 +59,18 @@ class ResonanceRouterConfig(AuxiliaryLosses):
         description="Initial kappa of the gate logits kappa * cosine; null: 2 sqrt(D) for grap*, 14 else.",
     )
     learn_scale: bool = Field(True, description="Learn kappa, one per layer, between scale_min and scale_max.")
-    scale_min: float | None = Field(None, gt=0, description="Smallest kappa; null: sqrt(D) / 2.")
-    scale_max: float | None = Field(None, gt=0, description="Largest kappa; null: 16 sqrt(D).")
+    scale_min: float | None = Field(
+        None, gt=0, description="Smallest kappa; null: sqrt(D) / 2, or scale_init if that is smaller."
+    )
+    scale_max: float | None = Field(
+        None, gt=0, description="Largest kappa; null: 16 sqrt(D), or scale_init if that is larger."
+    )
     threshold: float = Field(
         1.0,
         gt=0,
         le=1,
         description="Cumulative-affinity threshold tau of expert choice: keep the fewest candidates whose "
-        "positive affinities sum to tau of the total; 1: off.",
+        "positive affinities (with rank_by gate: gate weights) sum to tau of the total; 1: off.",
     )
     rank_by: Literal["affinity", "gate"] = Field(
         "affinity",

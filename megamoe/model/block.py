@@ -32,7 +32,7 @@ class Block(nn.Module):
         self.is_moe = derive.is_moe_layer(config, index)
         self.ffn: nn.Module
         if self.is_moe:
-            self.ffn = MoELayer(config.moe, model.hidden_size, ep, config.ops, vocab_size)
+            self.ffn = MoELayer(config.moe, model.hidden_size, ep, config.ops, vocab_size, index)
         else:
             self.ffn = FeedForward(model.hidden_size, model.ffn_size)
 

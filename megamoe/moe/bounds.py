@@ -2,6 +2,7 @@
 
 A bound is an estimate of the previous optimizer steps, moved once per step from sums over the whole global batch. So
 it is the same number on all ranks without a further message, and known to the host before the forward pass begins.
+(Ours, for a maximum over the group: ranks cannot differ, and none waits for another.)
 """
 
 from __future__ import annotations
@@ -50,9 +51,10 @@ class StaticBound(nn.Module):
         key = (num_tokens, device)
         if key not in self._limits:
             capacities = self.capacities(num_tokens)
-            self._limits[key] = Limits(
-                torch.tensor(capacities, device=device), self._slots(max(capacities), num_tokens)
-            )
+            limits_E = torch.tensor(capacities)
+            if device.type == "cuda":  # a copy from pinned memory does not wait
+                limits_E = limits_E.pin_memory().to(device, non_blocking=True)
+            self._limits[key] = Limits(limits_E.to(device), self._slots(max(capacities), num_tokens))
         return self._limits[key]
 
     def capacities(self, num_tokens: int) -> list[int]:
@@ -185,7 +187,7 @@ class EtrSuccessBound(_FollowingBound):
     The theorem: expert choice succeeds once C >= 2 s q_i, with q_i the chance that a token that is not expert i's
     outranks one that is. q_i is 1 - AUC of "the token's first choice is i" by affinity to i, from a histogram;
     isotropic tokens give q_0 = 1 / (2 (E + 1)). So it begins at the static capacity and shrinks as experts tell their
-    tokens apart.
+    tokens apart. It looks at affinities, also where experts rank their tokens by something else.
     """
 
     def __init__(self, config: CapacityConfig, num_experts: int, top_k: int, hidden_size: int) -> None:

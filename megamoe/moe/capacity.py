@@ -18,7 +18,7 @@ def keep_within(
     capacity_E: Tensor | None,
     threshold: float = 1.0,
     drop: Drop = "affinity",
-    seed: int = 0,
+    seed: Tensor | int = 0,
 ) -> Tensor:
     """Which candidates each expert keeps.
 
@@ -52,14 +52,14 @@ def keep_within(
     return kept_A
 
 
-def _priority(affinity_A: Tensor, drop: Drop, seed: int) -> Tensor | None:
+def _priority(affinity_A: Tensor, drop: Drop, seed: Tensor | int) -> Tensor | None:
     """What an expert prefers, higher first; None: the order of arrival."""
     if drop == "position":
         return None
     if drop == "affinity":
         return affinity_A
     # A hash and not a generator: the same choice when the pass is run again for its gradients, whatever ran between.
-    place_A = torch.arange(len(affinity_A), device=affinity_A.device) + (seed + 1) * 0x9E3779B1
+    place_A = (torch.arange(len(affinity_A), device=affinity_A.device) + seed * 0x9E3779B1) & 0xFFFFFFFF
     for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
         place_A = ((place_A ^ (place_A >> shift)) * factor) & 0xFFFFFFFF
     return place_A ^ (place_A >> 16)

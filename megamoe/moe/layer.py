@@ -32,10 +32,11 @@ class MoELayer(ExpertParallelMarker):
         ep: ExpertParallel,
         ops: OpsConfig | None = None,
         vocab_size: int = 0,
+        number: int = 0,
     ) -> None:
         super().__init__()
         ops = ops or OpsConfig()
-        size = RouterSize(hidden_size, config.num_experts, config.top_k, vocab_size, ops)
+        size = RouterSize(hidden_size, config.num_experts, config.top_k, vocab_size, ops, number)
         self.router = build_router(config.router, size, config.capacity, ep)
         self.dispatcher = build_dispatcher(config.dispatcher, ep.group)
         self.experts = Experts(config.num_experts // ep.size, hidden_size, config.expert_ffn_size, ops.expert_ffn)

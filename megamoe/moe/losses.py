@@ -43,13 +43,13 @@ def locality_loss(probs_TE: Tensor, local_E: Tensor, smoothing: float) -> Tensor
     Args:
         local_E: bool, whether an expert is on this node. If all are, D_l is uniform: a balance loss.
     """
-    num_experts, num_local = local_E.numel(), local_E.sum()
+    num_experts, num_local = local_E.numel(), local_E.sum().to(probs_TE.dtype)
     epsilon = smoothing * (1 - num_local / num_experts)
     elsewhere = epsilon / (num_experts - num_local).clamp_min(1)
-    target_E = torch.where(local_E, (1 - epsilon) / num_local.clamp_min(1), elsewhere).to(probs_TE.dtype)
+    target_E = torch.where(local_E, (1 - epsilon) / num_local.clamp_min(1), elsewhere)
     load_E = mean_rows(probs_TE)
-    # xlogy: an expert of probability 0 adds nothing, with gradient 0.
-    return torch.special.xlogy(load_E, load_E).sum() - torch.dot(load_E, target_E.log())
+    # Not xlogy, whose gradient at 0 is not a number.
+    return torch.dot(load_E, load_E.clamp_min(torch.finfo(load_E.dtype).tiny).log() - target_E.log())
 
 
 def entropy(probs_TE: Tensor) -> Tensor:

@@ -40,7 +40,7 @@ def dispatch_metrics(
     }
     if on_node_E is not None:
         rows = rows_per_expert_E.float()
-        metrics["node_share"] = (rows[on_node_E].sum() / rows.sum().clamp_min(1), "mean")
+        metrics["node_share"] = ((rows * on_node_E).sum() / rows.sum().clamp_min(1), "mean")
     return metrics
 
 

@@ -31,8 +31,8 @@ def reference(
         rows_RD: rows grouped by expert, [R, D].
         weights_R: gate weight of each row, [R].
         w1, w3: [L, F, D]; w2: [L, D, F].
-        rows_per_expert_L: int64 [L], summing to R or less. Rows beyond that sum are padding: they belong to no expert,
-            what comes out for them is not specified, and they get no gradient.
+        rows_per_expert_L: int64 [L], summing to R or less. Rows beyond that sum are padding: they belong to no expert
+            and add to no gradient of a weight; what comes out for them, and their own gradient, are not specified.
 
     Returns:
         [R, D], in the order of `rows_RD`.

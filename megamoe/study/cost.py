@@ -20,7 +20,6 @@ from megamoe.config.run import RunConfig
 from megamoe.data.loader import BatchLoader
 from megamoe.data.manifest import check_prepared
 from megamoe.model.decoder import Decoder
-from megamoe.moe.placement import ExpertParallel
 from megamoe.parallel.collectives import barrier
 from megamoe.study.plan import CostPlan, Study, cost_config
 from megamoe.study.runs import Run
@@ -30,7 +29,7 @@ from megamoe.training.engine import Engine
 from megamoe.training.loop import update_statistics
 from megamoe.training.metrics import Accumulator, StepMetrics
 from megamoe.training.run_folder import write_json
-from megamoe.training.setup import Runtime, distributed
+from megamoe.training.setup import Runtime, distributed, expert_parallel
 
 FILE = "cost.json"
 WARMUP_ROUNDS = 2
@@ -84,11 +83,14 @@ def measure_cost(study: Study, runs: list[Run], folder: Path) -> Path:
 
 
 def read_cost(study: Study, folder: Path) -> dict[str, dict[str, Any]]:
-    """Per arm what was measured last, without arms whose configuration is another one now."""
+    """Per arm what was measured last; without arms whose configuration is another one now, nothing if the settings are."""
     path = folder / FILE
     if study.plan.cost is None or not path.is_file():
         return {}
-    arms = json.loads(path.read_text(encoding="utf-8"))["arms"]
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    if stored["settings"] != study.plan.cost.model_dump(mode="json"):
+        return {}
+    arms = stored["arms"]
     current = {n for n, arm in study.arms.items() if n in arms and arms[n]["config"] == dump_config(arm.config)}
     if study.plan.baseline not in current:
         return {}
@@ -140,13 +142,13 @@ class Trainee:
     results: list[StepMetrics] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        config, ep = self.task.config, self.runtime.groups.ep
+        config = self.task.config
         manifest = check_prepared(config.data)
         self.data = BatchLoader(config.data, manifest, "train", config.training.seed)
         self.consumed = config.training.steps * config.training.global_batch_size
         self.micro_steps = derive.accumulation_steps(config, self.runtime.world_size)
         vocab_size = derive.vocab_size(config, manifest.vocab_size)
-        model = Decoder(config, vocab_size, ExpertParallel(ep.size, ep.place, ep.handle))
+        model = Decoder(config, vocab_size, expert_parallel(self.runtime.groups))
         load_weights(Path(self.task.checkpoint), model)
         self.engine = Engine(config, model.to(self.runtime.device), self.runtime.groups)
 

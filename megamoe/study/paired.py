@@ -35,6 +35,8 @@ class Difference(NamedTuple):
 
     def verdict(self, lower_is_better: bool = True) -> str:
         """In words, as far as the interval allows."""
+        if not math.isfinite(self.mean):
+            return "a run diverged: no verdict"
         if self.low is None or self.high is None:
             return "one seed only: no verdict"
         if self.low <= 0 <= self.high:
@@ -52,8 +54,9 @@ def quantile_975(degrees: int) -> float:
 
 
 def summary(values: Sequence[float]) -> Summary:
-    """Of at least one value."""
-    return Summary(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None, len(values))
+    """Of at least one value; without a deviation if a value is not finite."""
+    several = len(values) > 1 and all(map(math.isfinite, values))
+    return Summary(statistics.fmean(values), statistics.stdev(values) if several else None, len(values))
 
 
 def difference(arm: Mapping[int, float], baseline: Mapping[int, float]) -> Difference | None:
@@ -66,8 +69,8 @@ def difference(arm: Mapping[int, float], baseline: Mapping[int, float]) -> Diffe
     if not pairs:
         return None
     mean = statistics.fmean(pairs)
-    if len(pairs) == 1:
-        return Difference(mean, None, None, 1)
+    if len(pairs) == 1 or not math.isfinite(mean):  # a diverged run counts: to leave it out would flatter its arm
+        return Difference(mean, None, None, len(pairs))
     half = quantile_975(len(pairs) - 1) * statistics.stdev(pairs) / math.sqrt(len(pairs))
     return Difference(mean, mean - half, mean + half, len(pairs))
 

@@ -124,6 +124,7 @@ def load_study(
     """
     path = Path(path)
     plan = read_plan(path)
+    raise_all(_reserved("", overrides), todo="leave it out", title="Of the overrides, the study cannot use:")
     _check_choice(plan, only, num_seeds)
     files = (*(path.parent / name for name in plan.config), *map(Path, more))
     chosen = [name for name in plan.arms if not only or name in only or name == plan.baseline]
@@ -177,10 +178,15 @@ def _contradictions(plan: StudyPlan) -> list[Problem]:
     for path, values in (("seeds", plan.seeds), ("measures", plan.measures), ("curves", plan.curves)):
         if len(set(values)) < len(values):
             problems.append(Problem(path, "an entry is given twice"))
-    for name, arm in plan.arms.items():
-        reserved = [word for word in arm.set if word.startswith(("training.seed=", "training.output_dir="))]
-        problems += [Problem(f"arms.{name}.set", f"{word}: the study sets this for each run") for word in reserved]
-    return problems
+    places = {"set": plan.set, **{f"arms.{name}.set": arm.set for name, arm in plan.arms.items()}}
+    if plan.cost is not None:
+        places["cost.set"] = plan.cost.set
+    return problems + [problem for path, words in places.items() for problem in _reserved(path, words)]
+
+
+def _reserved(path: str, words: Sequence[str]) -> list[Problem]:
+    taken = [word for word in words if word.startswith(("training.seed=", "training.output_dir="))]
+    return [Problem(path, f"{word}: the study sets this for each run") for word in taken]
 
 
 def _check_choice(plan: StudyPlan, only: Sequence[str], num_seeds: int | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -133,7 +134,7 @@ def _loss(arms: dict[str, Any], colours: dict[str, str]) -> Figure | None:
         axes.plot(*_xy(arm["validation"]), "o-", color=colours[name], linewidth=2, markersize=4, label=arm["label"])
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("loss [nats per token]\nthick: validation, thin: training")
-    values = [y for arm in arms.values() for _, y in arm["validation"]]
+    values = [y for arm in arms.values() for _, y in arm["validation"] if math.isfinite(y)] or [0.0]
     low, high = min(values), max(values)
     axes.set_ylim(low - 0.15 * (high - low) - 0.05, high + 0.6 * (high - low) + 0.1)
     _legend(figure, axes)

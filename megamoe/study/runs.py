@@ -58,13 +58,20 @@ class Run:
     def same_configuration(self) -> bool:
         """Whether the folder holds this run, complete or not, rather than one with other settings."""
         try:
-            return load_config([self.folder / "config.json"]) == self.config
+            found = load_config([self.folder / "config.json"])
         except MegamoeError:
             return False
+        # However the way to its folder is written.
+        return _elsewhere(found) == _elsewhere(self.config)
 
     def complete(self) -> bool:
         """Whether nothing is left to do."""
         return self.checkpoint() is not None and self.same_configuration()
+
+
+def _elsewhere(config: RunConfig) -> RunConfig:
+    """The same configuration without its folder."""
+    return config.model_copy(update={"training": config.training.model_copy(update={"output_dir": ""})})
 
 
 @dataclass(frozen=True)
@@ -142,7 +149,12 @@ def train(runs: Sequence[Run], jobs: int, limit_seconds: float) -> list[Failure]
         began = time.monotonic()
         while waiting or running:
             while waiting and len(running) < jobs:
-                running.append(_start(script, waiting.pop(0), threads))
+                run = waiting.pop(0)
+                try:
+                    running.append(_start(script, run, threads))
+                except OSError as error:
+                    failures.append(Failure(run, f"could not be started: {error}", ""))
+                    bar.update()
             time.sleep(POLL_SECONDS)
             for process in [p for p in running if _ended(p, limit_seconds)]:
                 running.remove(process)

@@ -6,7 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+import torch
+
 from megamoe.bench.report import write
+from megamoe.common import env
 from megamoe.common.log import get_logger
 from megamoe.data.prepare import is_prepared, prepare
 from megamoe.study import plots, table
@@ -48,6 +51,11 @@ class Outcome(NamedTuple):
     failures: list[Failure]
     files: list[Path]
     page: str
+
+
+def default_jobs() -> int:
+    """Runs side by side: one per CPU, and one at a time where they would share a GPU."""
+    return 1 if torch.cuda.is_available() else env.cpu_count()
 
 
 def run_study(study: Study, options: Options) -> Outcome:

@@ -161,7 +161,7 @@ COLUMNS: dict[Measure, tuple[Column, ...]] = {
     "drop_share": (Column("dropped", _share_cell("drop_share")),),
     "unserved_share": (Column("tokens without expert", _share_cell("unserved_share")),),
     "step_time": (Column("step time, of the baseline's", _time_cell),),
-    "sent_bytes": (Column("MB sent per step", _bytes_cell),),
+    "sent_bytes": (Column("MB sent per step (forward, all ranks)", _bytes_cell),),
     "max_load": (Column("largest load (1: K T / E)", _mean_cell("max_load", ".2f")),),
     "router_entropy": (Column("router entropy", _mean_cell("router_entropy", ".3f")),),
     "calinski_harabasz": (Column("CH index of clusters", _mean_cell("calinski_harabasz", ".0f")),),

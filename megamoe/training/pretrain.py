@@ -30,6 +30,13 @@ from megamoe.training.run_folder import MetricsFile, open_run_folder, write_conf
 from megamoe.training.setup import Runtime, distributed, expert_parallel
 from megamoe.training.state import TrainState
 
+UNUSED = {
+    "dropless": {"factor", "drop", "minimum", "momentum", "warmup_steps", "tile"},
+    "static": {"momentum", "warmup_steps"},
+    "locmoe": {"momentum", "warmup_steps"},
+}
+"""Per capacity mode the settings that it does not look at."""
+
 log = get_logger("megamoe.pretrain")
 
 
@@ -87,8 +94,9 @@ def build_engine(config: RunConfig, runtime: Runtime, vocab_size: int) -> Engine
 
 def _remarks(config: RunConfig, model: Decoder) -> list[str]:
     """What a user should know about the settings of routing."""
-    unused = sorted(config.moe.capacity.model_fields_set - {"mode"}) if config.moe.capacity.mode == "dropless" else []
-    lines = [f"moe.capacity.{name}: has no effect with mode dropless" for name in unused]
+    capacity = config.moe.capacity
+    unused = sorted(capacity.model_fields_set & UNUSED.get(capacity.mode, set()))
+    lines = [f"moe.capacity.{name}: has no effect with mode {capacity.mode}" for name in unused]
     layers = [module for module in model.modules() if isinstance(module, MoELayer)]
     return lines + (layers[0].router.remarks() if layers else [])
 

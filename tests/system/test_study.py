@@ -66,5 +66,6 @@ def test_a_failing_run_is_shown_and_the_others_go_on(words: list[str], tmp_path:
     (tmp_path / "etr").write_text("in the way")
     arguments = [*words[:2], "--runs", str(tmp_path), *words[4:], "--seeds", "1", "--phase", "train"]
     failed = launch("python", "megamoe/__main__.py", arguments, timeout=120)
-    assert failed.returncode != 0
-    assert "etr" in failed.output
+    assert failed.returncode == 1, failed.output
+    assert "FAILED: etr seed 5: could not be started" in failed.output
+    assert "topk seed 5 done" in failed.output

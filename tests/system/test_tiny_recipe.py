@@ -19,8 +19,9 @@ pytestmark = pytest.mark.slow
 RECIPE = "configs/tiny.yaml"
 ROUTERS = ("topk", "resonance")
 STEPS_ALIKE = 16
-# resonance multiplied a rounding of 1e-16 by about 3 a step from step 16 on: 1e-7, and first flips, at step 36.
-STEPS_EXACT = {"topk": 60, "resonance": 24}
+# Early in training resonance multiplies any disturbance by about 3 a step, on one rank as on two: 1e-16 at step 16 has
+# become 1e-7 at step 36 (configs/reproduce/tiny/layouts.md).
+STEPS_EXACT = {"topk": 40, "resonance": 24}
 
 
 @pytest.fixture(scope="module")

@@ -30,10 +30,11 @@ class _Slots(NamedTuple):
 class PaddedDispatcher(Dispatcher):
     """Rank p of the group holds the experts p*L ... (p+1)*L - 1; every rank sends C = `plan.capacity` slots to each.
 
-    All shapes follow from C, which the ranks agree on beforehand: no exchange of numbers, and nothing on the host waits
-    for the router. Which slots hold a row is seen from the gate weight that travels with it. The rows that experts work
-    on, and their order, are those of the ragged exchange, so the results have the same bits. All ranks pass the same
-    number of rows T. A plan without a capacity (evaluation) goes the ragged way.
+    All shapes follow from C, which the ranks agree on beforehand: no exchange of numbers, and the host does not wait
+    for one. (On a GPU it still waits for the router's plan, whose length is the number of rows kept.) Which slots hold
+    a row is seen from the gate weight that travels with it. The rows that experts work on, and their order, are those
+    of the ragged exchange, so the results have the same bits. All ranks pass the same number of rows T. A plan without
+    a capacity (evaluation) goes the ragged way.
     """
 
     name = "padded"

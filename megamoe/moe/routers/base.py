@@ -29,6 +29,8 @@ class RouterSize(NamedTuple):
     """Needed by routers that look at the token itself (hash)."""
     ops: OpsConfig = OpsConfig()
     """Which implementations to compute with."""
+    layer: int = 0
+    """Number of the block, so that random drops differ between blocks."""
 
 
 class Choice(NamedTuple):
@@ -40,6 +42,8 @@ class Choice(NamedTuple):
     """fp32 [T, K]: gate weights, differentiable."""
     affinity_TK: Tensor
     """fp32 [T, K]: what an expert over capacity compares."""
+    token_ids_T: Tensor | None = None
+    """int64 [T]: vocabulary entries; random drops follow from them, so that they differ from batch to batch."""
 
 
 class Outcome(NamedTuple):
@@ -70,7 +74,7 @@ class Router(nn.Module, ABC):
     def __init__(self, size: RouterSize, capacity: CapacityConfig, ep: ExpertParallel = ALONE) -> None:
         super().__init__()
         self.hidden_size, self.num_experts, self.top_k = size.hidden_size, size.num_experts, size.top_k
-        self.capacity, self.ep = capacity, ep
+        self.capacity, self.ep, self.layer = capacity, ep, size.layer
         self.bound = build_bound(capacity, size.num_experts, size.top_k, size.hidden_size)
         on_node = ep.on_node(size.num_experts)
         self.all_on_node = all(on_node)
@@ -112,8 +116,9 @@ class Router(nn.Module, ABC):
         tokens_A = torch.arange(num_tokens * top_k, device=experts_A.device) // top_k
         limits, threshold = self.limits(num_tokens), threshold if self.training else 1.0
         if limits is not None or threshold < 1.0:
-            kept_A = self.keep(choice, limits, threshold)
-            experts_A, weights_A, tokens_A = experts_A[kept_A], weights_A[kept_A], tokens_A[kept_A]
+            # On a GPU the one place where the host waits, for their number.
+            kept = self.keep(choice, limits, threshold).nonzero().squeeze(-1)
+            experts_A, weights_A, tokens_A = experts_A[kept], weights_A[kept], tokens_A[kept]
         return self.assemble(tokens_A, experts_A, weights_A, outcome, num_tokens, limits)
 
     def keep(self, choice: Choice, limits: Limits | None, threshold: float) -> Tensor:
@@ -125,7 +130,12 @@ class Router(nn.Module, ABC):
             capacity_E=limits.per_expert_E if limits is not None else None,
             threshold=threshold,
             drop=self.capacity.drop,
+            seed=self._seed(choice.token_ids_T) if self.capacity.drop == "random" else 0,
         )
+
+    def _seed(self, token_ids_T: Tensor | None) -> Tensor | int:
+        """Of this micro-batch in this block: from its tokens, so the same on every layout and when recomputed."""
+        return self.layer + 1 if token_ids_T is None else token_ids_T.sum() + self.layer + 1
 
     def assemble(
         self,

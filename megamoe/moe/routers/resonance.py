@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -71,7 +73,8 @@ class ResonanceRouter(Router):
         """kappa, fp32 scalar."""
         if not self.config.learn_scale:
             return torch.full((), self.initial_scale, device=self.token_mean_D.device, dtype=self.token_mean_D.dtype)
-        return at_least_fp32(self.log_scale).exp().clamp(self.least_scale, self.most_scale).squeeze(0)
+        kappa: Tensor = _Within.apply(at_least_fp32(self.log_scale).exp(), self.least_scale, self.most_scale)
+        return kappa.squeeze(0)
 
     def affinity(self, rows_TD: Tensor) -> tuple[Tensor, Tensor]:
         """delta [T, E] in [-1, 1], and the sum of the rows [D]; fp32."""
@@ -110,14 +113,17 @@ class ResonanceRouter(Router):
         if self.config.affinity == "cosine":  # the others are orthogonal by construction
             outcome.metrics["expert_similarity"] = (stats.expert_similarity(self.weight), "mean")
         rank_TK = affinity_TK if self.config.rank_by == "affinity" else weights_TK.detach()
-        return self.make_plan(Choice(expert_ids_TK, weights_TK, rank_TK), outcome, self.config.threshold)
+        return self.make_plan(Choice(expert_ids_TK, weights_TK, rank_TK, token_ids_T), outcome, self.config.threshold)
 
     def keep(self, choice: Choice, limits: Limits | None, threshold: float) -> Tensor:
         if self.config.scope != "ep_group" or self.ep.size == 1:
             return super().keep(choice, limits, threshold)
         # The affinities of all ranks' tokens, in the order of the ranks; never their rows. All ranks hold T rows.
-        gathered = Choice(*(torch.cat(collectives.all_gather(x.detach(), self.ep.group)) for x in choice))
-        kept = super().keep(gathered, limits, threshold)
+        experts_TK, affinity_TK = (
+            torch.cat(collectives.all_gather(x.detach(), self.ep.group))
+            for x in (choice.expert_ids_TK, choice.affinity_TK)
+        )
+        kept = super().keep(Choice(experts_TK, affinity_TK, affinity_TK), limits, threshold)
         return kept.view(self.ep.size, -1)[self.ep.rank]
 
     def limits(self, num_tokens: int) -> Limits | None:
@@ -162,6 +168,23 @@ class ResonanceRouter(Router):
         # A mean that was never set has no past to keep: the first observation is taken whole.
         momentum = self.config.centre_momentum * self.token_mean_D.any().to(mean_D.dtype)
         self.token_mean_D.lerp_(mean_D, 1.0 - momentum)
+
+
+class _Within(torch.autograd.Function):
+    """clamp, with a gradient at the limits for steps that lead back inside, or what once overshot would stay there."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, least: float, most: float) -> Tensor:
+        ctx.save_for_backward(value)
+        ctx.least, ctx.most = least, most
+        return value.clamp(least, most)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (value,), grad = ctx.saved_tensors, grads[0]
+        # A step goes against its gradient.
+        outwards = ((value <= ctx.least) & (grad > 0)) | ((value >= ctx.most) & (grad < 0))
+        return grad.masked_fill(outwards, 0.0), None, None
 
 
 def slice_mask(num_experts: int, hidden_size: int) -> Tensor:

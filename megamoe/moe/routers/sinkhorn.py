@@ -56,7 +56,7 @@ class SinkhornRouter(Router):
         weights_TK = chosen_TK
         if self.top_k > 1:
             weights_TK = chosen_TK / chosen_TK.sum(-1, keepdim=True).clamp_min(1e-20)
-        return self.make_plan(Choice(expert_ids_TK, weights_TK, chosen_TK), outcome)
+        return self.make_plan(Choice(expert_ids_TK, weights_TK, chosen_TK, token_ids_T), outcome)
 
 
 def log_assignment(logits_TE: Tensor, iterations: int) -> Tensor:

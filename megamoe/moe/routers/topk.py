@@ -42,7 +42,8 @@ class TopKRouter(Router):
         expert_ids_TK = selection_TE.topk(self.top_k, dim=-1).indices
         chosen_TK = scores_TE.gather(1, expert_ids_TK)
         weights_TK = chosen_TK
-        if self.config.score == "sigmoid" or (self.config.normalize_weights and self.top_k > 1):
+        # Not for one expert: its weight would always be 1, and the router would learn nothing.
+        if self.top_k > 1 and (self.config.score == "sigmoid" or self.config.normalize_weights):
             weights_TK = chosen_TK / chosen_TK.sum(-1, keepdim=True).clamp_min(1e-20)
         probs_TE = scores_TE if self.config.score == "softmax" else F.normalize(scores_TE, p=1, dim=-1)
         chosen_E = count(expert_ids_TK, self.num_experts)
@@ -55,7 +56,7 @@ class TopKRouter(Router):
                 "expert_similarity": (stats.expert_similarity(self.weight), "mean"),
             },
         )
-        return self.make_plan(Choice(expert_ids_TK, weights_TK, chosen_TK), outcome)
+        return self.make_plan(Choice(expert_ids_TK, weights_TK, chosen_TK, token_ids_T), outcome)
 
     def update(self, observations: dict[str, Tensor]) -> None:
         super().update(observations)

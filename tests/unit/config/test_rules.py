@@ -42,7 +42,8 @@ BREAKERS: dict[str, list[tuple[list[str], str]]] = {
         (["moe.router={type: resonance, scale_min: 30}"], "moe.router.scale_min"),
         (["moe.router={type: resonance, scale_max: 20}"], "moe.router.scale_min"),
         (["moe.router={type: resonance, scale_min: 25, scale_max: 20}"], "moe.router.scale_min"),
-        (["moe.router={type: resonance, affinity: cosine, scale_init: 1.0}"], "moe.router.scale_min"),
+        (["moe.router={type: resonance, affinity: cosine, scale_init: 1.0, scale_min: 2.0}"], "moe.router.scale_min"),
+        (["moe.router={type: resonance, learn_scale: false, scale_min: 9, scale_max: 2}"], "moe.router.scale_min"),
     ],
     "groups_divide_experts": [
         (["moe.router.num_groups=3"], "moe.router.num_groups"),
@@ -117,6 +118,8 @@ ACCEPTED = [
     *(["moe.router.type=resonance", f"moe.capacity.mode={mode}"] for mode in BOUNDS),
     EXPERT_CHOICE,
     ["moe.router={type: resonance, scale_min: 4, scale_init: 4, scale_max: 4}"],
+    ["moe.router={type: resonance, affinity: cosine, scale_init: 1.0}"],
+    ["moe.router={type: resonance, affinity: cosine}", "model.hidden_size=4096"],
     ["moe.router={type: resonance, learn_scale: false, scale_init: 1.0}"],
     ["moe.router={num_groups: 4, top_groups: 1}"],
     ["moe.capacity={mode: static, factor: 0.5, minimum: 0.5}"],

@@ -81,6 +81,15 @@ def test_locality_on_one_node_is_a_balance_loss() -> None:
     assert losses.locality_loss(one_TE, everywhere_E, 0.5).item() == pytest.approx(math.log(4))
 
 
+def test_locality_has_a_gradient_where_an_expert_has_no_probability_at_all() -> None:
+    logits_TE = torch.tensor([[900.0, 0.0, 0.0, 0.0, 0.0, -900.0]] * 3, requires_grad=True)
+    probs_TE = logits_TE.softmax(-1)
+    assert probs_TE[0, 5].item() == 0.0
+    losses.locality_loss(probs_TE, LOCAL_E, 0.5).backward()
+    assert logits_TE.grad is not None
+    assert bool(logits_TE.grad.isfinite().all())
+
+
 def test_locality_pulls_towards_this_node() -> None:
     logits_TE = torch.zeros(5, 6, requires_grad=True)
     losses.locality_loss(logits_TE.softmax(-1), LOCAL_E, 0.5).backward()

@@ -40,6 +40,13 @@ def test_what_the_interval_allows_to_say() -> None:
     assert (one.low, one.verdict()) == (None, "one seed only: no verdict")
 
 
+def test_a_diverged_run_is_named_and_not_left_out() -> None:
+    found = difference({1: 1.0, 2: math.nan}, {1: 2.0, 2: 2.0})
+    assert found is not None
+    assert found.verdict() == "a run diverged: no verdict"
+    assert summary([1.0, math.inf]).deviation is None
+
+
 def test_summary_and_ratio() -> None:
     assert summary([1.0, 3.0]) == (2.0, pytest.approx(math.sqrt(2)), 2)
     assert summary([1.0]) == (1.0, None, 1)

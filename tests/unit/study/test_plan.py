@@ -58,6 +58,7 @@ def test_a_part_of_the_arms_and_seeds_keeps_the_baseline(tmp_path: Path) -> None
         (("title: T", "titel: T"), "titel: unknown key; did you mean title?"),
         (("{label: A}", "{set: []}"), "arms.a.label: is missing"),
         (("{label: A}", "{label: A, set: [training.seed=3]}"), "the study sets this for each run"),
+        (("set: [parallel.ep=2]", "set: [parallel.ep=2, training.output_dir=x]"), "cost.set: training.output_dir=x: "),
         (("type=resonance", "type=resonanz"), "Arm b: "),
         (("set: [moe.router", "set: [training.steps=7, moe.router"), "does not read the same samples"),
         (("config: [base.yaml]", "config: [none.yaml]"), "none.yaml"),
@@ -78,6 +79,8 @@ def test_wrong_choices_are_said(tmp_path: Path) -> None:
         load_study(path, only=["q"])
     with pytest.raises(ConfigError, match="1 to 2"):
         load_study(path, num_seeds=3)
+    with pytest.raises(ConfigError, match=r"training\.seed=99: the study sets this"):
+        load_study(path, ["training.seed=99"])
     with pytest.raises(MegamoeError, match="never validated"):
         load_study(path, ["training.validation.batches=0"])
     study = load_study(write(tmp_path, PLAN.replace("ranks: 2", "ranks: 3")))

@@ -190,3 +190,17 @@ def test_weights_and_logits_have_the_rows_precision_fp32_at_least(name: str) -> 
         assert plan.weights_A.dtype == plan.logits_TE.dtype == expected
         assert plan.logits_TE.shape == (TOKENS, EXPERTS)
         assert bool((plan.weights_A >= 0).all()), "padded exchanges mark an empty slot by a negative weight"
+
+
+def test_random_drops_follow_from_the_tokens_and_the_block() -> None:
+    capacity = CapacityConfig(mode="static", factor=0.5, drop="random")
+
+    def kept(token_ids_T: Tensor, layer: int = 0) -> list[tuple[int, int]]:
+        router = build_router(ROUTERS["softmax"], RouterSize(WIDTH, EXPERTS, CHOICES, layer=layer), capacity)
+        torch.nn.init.normal_(router.weight, generator=torch.Generator().manual_seed(1))
+        return pairs(router(rows(), token_ids_T))
+
+    some_T = torch.arange(TOKENS)
+    assert kept(some_T) == kept(some_T.clone())
+    assert kept(some_T) != kept(some_T + 7)
+    assert kept(some_T) != kept(some_T, layer=1)

@@ -48,7 +48,7 @@ def literal(router: TopKRouter, rows_TD: Tensor) -> dict[tuple[int, int], float]
         biased = [score + bias for score, bias in zip(scores, router.bias_E.tolist(), strict=True)]
         allowed = literal_groups(biased, config.num_groups, config.top_groups)
         chosen = sorted(allowed, key=lambda e: -biased[e])[: router.top_k]
-        normalise = config.score == "sigmoid" or (config.normalize_weights and router.top_k > 1)
+        normalise = router.top_k > 1 and (config.score == "sigmoid" or config.normalize_weights)
         mass = sum(scores[e] for e in chosen) if normalise else 1.0
         weights |= {(token, e): scores[e] / mass for e in chosen}
     return weights
