@@ -83,7 +83,7 @@ def measure_cost(study: Study, runs: list[Run], folder: Path) -> Path:
 
 
 def read_cost(study: Study, folder: Path) -> dict[str, dict[str, Any]]:
-    """Per arm what was measured last; without arms whose configuration is another one now, nothing if the settings are."""
+    """Per arm what was measured last, for the arms that are configured as they were then; {} if the settings are not."""
     path = folder / FILE
     if study.plan.cost is None or not path.is_file():
         return {}
