@@ -83,7 +83,7 @@ def measure_cost(study: Study, runs: list[Run], folder: Path) -> Path:
 
 
 def read_cost(study: Study, folder: Path) -> dict[str, dict[str, Any]]:
-    """Per arm what was measured last, for the arms that are configured as they were then; {} if the settings are not."""
+    """Per arm what was measured last, where its configuration is still the same; {} if the settings are others."""
     path = folder / FILE
     if study.plan.cost is None or not path.is_file():
         return {}
