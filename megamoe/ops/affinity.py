@@ -1,8 +1,6 @@
 """Op `grap_affinity`: cosine between tokens and expert vectors that live on disjoint slices of the features.
 
-    delta_ti = cos(x_t - m, w_i),   w_i = 0 outside the i-th of E contiguous slices     (GrAP, arXiv 2406.00023)
-
-The sum of the rows comes along: the running mean m is made of it, and here the rows are in the cache.
+delta_ti = cos(x_t - m, w_i),   w_i = 0 outside the i-th of E contiguous slices     (GrAP, arXiv 2406.00023)
 """
 
 from __future__ import annotations
@@ -17,10 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megamoe.ops.memory import recycled_like
 from megamoe.ops.precision import at_least_fp32
 from megamoe.ops.registry import Implementation, Op
 
-GrapAffinity = Callable[[Tensor, Tensor | None, Tensor | None, int], tuple[Tensor, Tensor]]
+GrapAffinity = Callable[[Tensor, Tensor | None, Tensor | None, int], Tensor]
 
 CHUNK_ELEMENTS = 1 << 20
 """Elements of the rows worked on at once: they stay in a CPU's cache, and starting its threads costs little."""
@@ -36,9 +35,7 @@ def slice_owners(hidden_size: int, num_experts: int, device: torch.device) -> Te
     return torch.repeat_interleave(torch.arange(num_experts, device=device), lengths)
 
 
-def reference(
-    rows_TD: Tensor, mean_D: Tensor | None, values_D: Tensor | None, num_experts: int
-) -> tuple[Tensor, Tensor]:
+def reference(rows_TD: Tensor, mean_D: Tensor | None, values_D: Tensor | None, num_experts: int) -> Tensor:
     """The specification, in plain autograd.
 
     Args:
@@ -47,8 +44,8 @@ def reference(
         values_D: the expert vectors' values on their slices, of any length; None: constant, grouped average pooling.
 
     Returns:
-        Affinity [T, E] in [-1, 1], and the sum of the rows [D], without a gradient; both fp32, or fp64 for fp64 rows.
-        A row equal to m, or a slice of zeros, gives 0 and a gradient of 0.
+        Affinity [T, E] in [-1, 1], fp32, or fp64 for fp64 rows. A row equal to m, or a slice of zeros, gives 0 and a
+        gradient of 0.
     """
     rows32_TD = at_least_fp32(rows_TD)
     centred_TD = rows32_TD if mean_D is None else rows32_TD - mean_D.detach().to(rows32_TD)
@@ -56,7 +53,7 @@ def reference(
     owner_D = slice_owners(rows_TD.shape[1], num_experts, rows_TD.device)
     vectors_ED = F.one_hot(owner_D, num_experts).t() * values_D
     lengths = (_length(centred_TD)[:, None], _length(vectors_ED)[:, None])
-    return F.linear(centred_TD / lengths[0], vectors_ED / lengths[1]), rows32_TD.detach().sum(0)
+    return F.linear(centred_TD / lengths[0], vectors_ED / lengths[1])
 
 
 def _length(vectors: Tensor) -> Tensor:
@@ -110,23 +107,22 @@ class _SlicedAffinity(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, rows_TD: Tensor, mean_D: Tensor, values_D: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, rows_TD: Tensor, mean_D: Tensor, values_D: Tensor, num_experts: int) -> Tensor:
         ctx.dtype = rows_TD.dtype
         slices = _unit_slices(values_D, mean_D, num_experts)
-        products, square_T, row_sum_D = _products(rows_TD, slices.vectors)
+        products, square_T = _products(rows_TD, slices.vectors)
         from_mean_T = square_T - 2 * products[:, :, -2].sum(0) + mean_D.dot(mean_D)
         if bool((from_mean_T < SAFE_SHARE * square_T).any()):
             rows_TD = rows_TD.to(mean_D) - mean_D
             slices.vectors[:, -2] = 0
-            products, from_mean_T, _ = _products(rows_TD, slices.vectors)
+            products, from_mean_T = _products(rows_TD, slices.vectors)
         inverse_T = from_mean_T.masked_fill(from_mean_T == 0, math.inf).rsqrt_()
         of_mean = slices.vectors[:, :-2] @ slices.vectors[:, -2, :, None]
         affinity_TE = mean_D.new_empty(len(rows_TD), num_experts)
         torch.sub(products[:, :, :-2], of_mean.transpose(1, 2), out=_grouped(affinity_TE, len(products)))
         affinity_TE.mul_(inverse_T[:, None])
         ctx.save_for_backward(rows_TD, *slices, affinity_TE, inverse_T)
-        ctx.mark_non_differentiable(row_sum_D)
-        return affinity_TE, row_sum_D
+        return affinity_TE
 
     @staticmethod
     @once_differentiable
@@ -137,7 +133,8 @@ class _SlicedAffinity(torch.autograd.Function):
         grad = vectors.new_zeros(len(vectors), len(rows_TD), vectors.shape[1])
         torch.mul(_grouped(grads[0], len(vectors)), inverse_T[:, None], out=grad[:, :, :-2])
         grad[:, :, -2] = along_T
-        d_rows = torch.empty_like(rows_TD, dtype=ctx.dtype)
+        same = rows_TD.dtype == ctx.dtype
+        d_rows = recycled_like(rows_TD) if same else torch.empty_like(rows_TD, dtype=ctx.dtype)
         d_vectors = torch.zeros_like(vectors[:, :-2])
         read, written = _Buffer(grad), _Buffer(grad)
         for x, d_x, along, g in _chunks((rows_TD, d_rows, along_T, grad.transpose(0, 1))):
@@ -154,17 +151,16 @@ class _SlicedAffinity(torch.autograd.Function):
         return d_rows, None, _through_length(d_vectors, unit_D, length_D), None
 
 
-def _products(rows_TD: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of the rows with every group's vectors [n, T, E/n + 2], their squared lengths [T], their sum [D]."""
+def _products(rows_TD: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
+    """Of the rows with every group's vectors [n, T, E/n + 2], and their squared lengths [T]."""
     products = vectors.new_empty(len(vectors), len(rows_TD), vectors.shape[1])
-    length_T, row_sum_D = vectors.new_empty(len(rows_TD)), vectors.new_zeros(rows_TD.shape[1])
+    length_T = vectors.new_empty(len(rows_TD))
     read = _Buffer(vectors)
     for x, length, product in _chunks((rows_TD, length_T, products.transpose(0, 1))):
         x = read.filled(x)
         torch.bmm(_grouped(x, len(vectors)), vectors.transpose(1, 2), out=product.transpose(0, 1))
         torch.linalg.vector_norm(x, dim=-1, out=length)
-        row_sum_D.addmv_(x.t(), torch.ones_like(length))
-    return products, length_T.square_(), row_sum_D
+    return products, length_T.square_()
 
 
 class _Buffer:
@@ -207,13 +203,13 @@ def _through_length(d_vectors: Tensor, unit_D: Tensor, length_D: Tensor) -> Tens
     return (d_unit_D - unit_D * along_E[owner_D]) / length_D
 
 
-def sliced(rows_TD: Tensor, mean_D: Tensor | None, values_D: Tensor | None, num_experts: int) -> tuple[Tensor, Tensor]:
+def sliced(rows_TD: Tensor, mean_D: Tensor | None, values_D: Tensor | None, num_experts: int) -> Tensor:
     """As :func:`reference`; the fastest one on a CPU. Waits for one comparison on the host."""
     like = at_least_fp32(rows_TD[:0])
     mean_D = like.new_zeros(rows_TD.shape[1]) if mean_D is None else mean_D.detach().to(like)
     values_D = like.new_ones(rows_TD.shape[1]) if values_D is None else values_D.to(like)
-    affinity_TE, row_sum_D = _SlicedAffinity.apply(rows_TD, mean_D, values_D, num_experts)
-    return affinity_TE, row_sum_D
+    affinity_TE: Tensor = _SlicedAffinity.apply(rows_TD, mean_D, values_D, num_experts)
+    return affinity_TE
 
 
 def _waits(device: torch.device, dtype: torch.dtype) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -20,6 +21,9 @@ from megamoe.ops.affinity import GRAP_AFFINITY, GrapAffinity
 from megamoe.ops.precision import at_least_fp32
 from megamoe.ops.row_softmax import row_softmax
 from megamoe.parallel import collectives
+
+LARGEST_SAMPLE = 512
+"""Rows of a micro-batch that the running mean of the tokens is made of, evenly spread."""
 
 
 class ResonanceRouter(Router):
@@ -76,14 +80,14 @@ class ResonanceRouter(Router):
         kappa: Tensor = _Within.apply(at_least_fp32(self.log_scale).exp(), self.least_scale, self.most_scale)
         return kappa.squeeze(0)
 
-    def affinity(self, rows_TD: Tensor) -> tuple[Tensor, Tensor]:
-        """delta [T, E] in [-1, 1], and the sum of the rows [D]; fp32."""
+    def affinity(self, rows_TD: Tensor) -> Tensor:
+        """delta [T, E] in [-1, 1], fp32."""
         mean_D = self.token_mean_D if self.centre else None
         if self.config.affinity == "cosine":
             rows_TD = at_least_fp32(rows_TD)
             centred_TD = rows_TD if mean_D is None else rows_TD - mean_D
             length_T1 = centred_TD.norm(dim=-1, keepdim=True).clamp_min(1e-12)
-            return F.linear(centred_TD, self.expert_vectors()) / length_T1, rows_TD.detach().sum(0)
+            return F.linear(centred_TD, self.expert_vectors()) / length_T1
         values_D = self.slice_values if self.config.affinity == "grap_learned" else None
         return self.grap_affinity(rows_TD.device)(rows_TD, mean_D, values_D, self.num_experts)
 
@@ -92,7 +96,7 @@ class ResonanceRouter(Router):
         return GRAP_AFFINITY.choose(self.ops.grap_affinity, device, self.token_mean_D.dtype).function
 
     def forward(self, rows_TD: Tensor, token_ids_T: Tensor | None = None) -> RoutingPlan:
-        affinity_TE, row_sum_D = self.affinity(rows_TD)
+        affinity_TE = self.affinity(rows_TD)
         kappa = self.scale()
         logits_TE = kappa * affinity_TE
         probs_TE = row_softmax(logits_TE)
@@ -103,7 +107,7 @@ class ResonanceRouter(Router):
         outcome = Outcome(
             logits_TE,
             losses=self._losses(probs_TE, logits_TE, expert_ids_TK),
-            observations=self._observe(row_sum_D, affinity_TE),
+            observations=self._observe(rows_TD, affinity_TE),
             metrics={
                 "router_entropy": (losses.entropy(probs_TE), "mean"),
                 "router_scale": (kappa.detach(), "mean"),
@@ -152,12 +156,14 @@ class ResonanceRouter(Router):
             terms["locality_loss"] = self.config.locality_loss * locality
         return terms
 
-    def _observe(self, row_sum_D: Tensor, affinity_TE: Tensor) -> dict[str, Tensor]:
+    def _observe(self, rows_TD: Tensor, affinity_TE: Tensor) -> dict[str, Tensor]:
         if not self.training:
             return {}
         seen = self.bound.observe(affinity_TE) if self.bound is not None else {}
         if self.centre:
-            seen |= {"token_sum": row_sum_D, "token_count": row_sum_D.new_full((1,), float(len(affinity_TE)))}
+            # Every n-th row: a mean over many steps needs no more, and all of them cost as much as their affinities.
+            sample_SD = at_least_fp32(rows_TD.detach()[:: math.ceil(len(rows_TD) / LARGEST_SAMPLE) or 1])
+            seen |= {"token_sum": sample_SD.sum(0), "token_count": sample_SD.new_full((1,), float(len(sample_SD)))}
         return seen
 
     def update(self, observations: dict[str, Tensor]) -> None:

@@ -59,14 +59,14 @@ def test_fixed_grap_is_the_closed_form() -> None:
             expected_TE[token, expert] = total / (rows_TD[token].norm() * math.sqrt(WIDTH / EXPERTS))
     router = build(affinity="grap", learn_scale=False)
     assert list(router.parameters()) == []
-    assert_close(router.affinity(rows_TD)[0], expected_TE, abs=1e-6)
+    assert_close(router.affinity(rows_TD), expected_TE, abs=1e-6)
 
 
 @pytest.mark.parametrize("width", [32, 30])
 @pytest.mark.parametrize("affinity", MODES)
 def test_affinity_is_the_cosine_with_unit_vectors(affinity: str, width: int) -> None:
     router, rows_TD = build(width, affinity=affinity, centre=False), rows(width=width)
-    vectors_ED, affinity_TE = router.expert_vectors(), router.affinity(rows_TD)[0]
+    vectors_ED, affinity_TE = router.expert_vectors(), router.affinity(rows_TD)
     assert_close(vectors_ED.norm(dim=-1), torch.ones(EXPERTS), rel=1e-6)
     if affinity != "cosine":
         gram_EE = vectors_ED @ vectors_ED.t()
@@ -88,14 +88,14 @@ def test_learned_grap_keeps_its_supports_for_any_values() -> None:
 def test_learned_grap_starts_as_fixed_grap() -> None:
     learned = build(affinity="grap_learned", width=30)
     torch.nn.init.ones_(learned.slice_values)
-    assert_close(learned.affinity(rows(width=30))[0], build(affinity="grap", width=30).affinity(rows(width=30))[0])
+    assert_close(learned.affinity(rows(width=30)), build(affinity="grap", width=30).affinity(rows(width=30)))
 
 
 @pytest.mark.parametrize("affinity", MODES)
 def test_affinity_does_not_depend_on_the_length_of_a_token(affinity: str) -> None:
     router, rows_TD = build(affinity=affinity, centre=False), rows()
     lengths_T1 = torch.logspace(-3, 3, TOKENS)[:, None]
-    assert_close(router.affinity(rows_TD * lengths_T1)[0], router.affinity(rows_TD)[0], abs=2e-6)
+    assert_close(router.affinity(rows_TD * lengths_T1), router.affinity(rows_TD), abs=2e-6)
 
 
 def test_a_zero_token_has_no_affinity_and_finite_gradients() -> None:
@@ -122,7 +122,7 @@ def test_initial_scale(settings: dict[str, object], kappa: float) -> None:
     router = build(**settings)
     assert router.scale().item() == pytest.approx(kappa)
     rows_TD = rows()
-    assert_close(router(rows_TD).logits_TE, kappa * router.affinity(rows_TD)[0], rel=1e-6)
+    assert_close(router(rows_TD).logits_TE, kappa * router.affinity(rows_TD), rel=1e-6)
 
 
 def test_the_limits_of_the_scale_can_be_set() -> None:
@@ -164,7 +164,7 @@ def test_expert_choice_after_token_choice(drop: str) -> None:
     capacity = CapacityConfig(mode="static", factor=0.5, drop=drop)
     router, rows_TD = build(capacity=capacity, affinity="grap"), rows(96)
     rows_TD[:, :8] += 0.7  # the first expert is wanted by most
-    affinity_TE, limits = router.affinity(rows_TD)[0].detach(), router.limits(96)
+    affinity_TE, limits = router.affinity(rows_TD).detach(), router.limits(96)
     assert limits is not None
     assert limits.per_expert_E.tolist() == [24] * EXPERTS
     limit = 24
@@ -227,6 +227,13 @@ def test_the_mean_moves_by_update_only_and_is_that_of_all_tokens() -> None:
         assert not bool(router.token_mean_D.any())
     router.update(observed)
     assert_close(router.token_mean_D, torch.cat([first_TD, second_TD]).mean(0), rel=1e-5)
+
+
+def test_the_mean_of_a_large_batch_is_that_of_a_sample() -> None:
+    rows_TD = rows(3000) + 1.0
+    seen = build()(rows_TD).observations
+    assert seen["token_count"].item() == 500
+    assert_close(seen["token_sum"], rows_TD[::6].sum(0), rel=1e-5)
 
 
 def test_later_means_move_by_the_momentum() -> None:
@@ -339,7 +346,7 @@ def test_the_success_bound_shrinks_the_capacity_and_keeps_the_nearest() -> None:
     limits = router.limits(2048)
     assert limits is not None
     assert bool((second.rows_per_expert_E <= limits.per_expert_E).all())
-    affinity_TE = router.affinity(rows_TD)[0]
+    affinity_TE = router.affinity(rows_TD)
     for expert in range(8):
         mine = second.token_ids_A[second.expert_ids_A == expert]
         takers = (affinity_TE.argmax(-1) == expert).nonzero().squeeze(-1)
