@@ -94,7 +94,17 @@ def read_cost(study: Study, folder: Path) -> dict[str, dict[str, Any]]:
     current = {n for n, arm in study.arms.items() if n in arms and arms[n]["config"] == dump_config(arm.config)}
     if study.plan.baseline not in current:
         return {}
-    return {name: {k: v for k, v in arms[name].items() if k != "config"} for name in study.arms if name in current}
+    base = arms[study.plan.baseline]["metrics"].get("sent_bytes")
+    return {
+        name: {
+            "seconds_per_step": arms[name]["seconds_per_step"],
+            "step_time": arms[name]["step_time"],
+            "sent_ratio": arms[name]["metrics"].get("sent_bytes", 0.0) / base if base else None,
+            "metrics": arms[name]["metrics"],
+        }
+        for name in study.arms
+        if name in current
+    }
 
 
 def _task(study: Study, run: Run) -> Task:

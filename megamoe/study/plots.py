@@ -100,7 +100,9 @@ def _differences(results: dict[str, Any], arms: dict[str, Any], colours: dict[st
     axes.set_yticks(range(len(names)), [arms[name]["label"] for name in reversed(names)])
     axes.set_ylim(-0.6, len(names) - 0.4)
     base = results["arms"][results["baseline"]]["label"]
-    axes.set_xlabel(f"validation loss minus that of: {base} [nats per token]\n← better          worse →")
+    axes.set_xlabel(f"validation loss minus that of: {base} [nats per token]")
+    for text, side, shift in (("← better", "right", -6), ("worse →", "left", 6)):
+        axes.annotate(text, (0, 1), (shift, 2), ("data", "axes fraction"), "offset points", ha=side)
     return figure
 
 
@@ -152,7 +154,7 @@ def _curve(name: str, arms: dict[str, Any], colours: dict[str, str]) -> Figure:
                 axes.plot(*_xy(points), color=colours[arm_name], linewidth=1.6, label=arm["label"])
         axes.set_title(f"block {layer}", fontsize=10)
         axes.set_xlabel("optimizer step")
-        axes.set_ylim(bottom=0)
+    panels[0].set_ylim(bottom=0)  # shared, so only now: it would keep later panels from raising the top
     panels[0].set_ylabel(f"{_words(name)}")
     _legend(figure, panels[0])
     return figure

@@ -105,9 +105,9 @@ def _verdicts(results: dict[str, Any]) -> str:
             lines.append(f"- {arm['label']}: not run, or the baseline is not.")
             continue
         versus = arm["differences"]["validation_loss"]
-        parts = [f"- **{arm['label']}**: {arm['verdict']} than {base} in validation loss"]
-        if arm["verdict"].startswith(("no", "one")):
-            parts = [f"- **{arm['label']}**: validation loss against {base}: {arm['verdict']}"]
+        parts = [f"- **{arm['label']}**: validation loss against {base}: {arm['verdict']}"]
+        if arm["verdict"] in ("better", "worse"):
+            parts = [f"- **{arm['label']}**: {arm['verdict']} than {base} in validation loss"]
         parts.append(f" ({difference(versus)} nats, {versus['seeds']} seeds)")
         if (share := arm["ratios"].get("processed")) is not None:
             parts.append(f", at {share:.1%} of its tokens per expert")
@@ -146,7 +146,10 @@ def _time_cell(arm: Arm) -> str:
 
 def _bytes_cell(arm: Arm) -> str:
     sent = arm["cost"]["metrics"].get("sent_bytes") if arm["cost"] is not None else None
-    return NOTHING if sent is None else f"{sent / 1e6:.2f}"
+    if sent is None:
+        return NOTHING
+    share = arm["cost"]["sent_ratio"]
+    return f"{sent / 1e6:.2f}" + ("" if share is None else f" ({share:.1%})")
 
 
 COLUMNS: dict[Measure, tuple[Column, ...]] = {
@@ -161,7 +164,7 @@ COLUMNS: dict[Measure, tuple[Column, ...]] = {
     "drop_share": (Column("dropped", _share_cell("drop_share")),),
     "unserved_share": (Column("tokens without expert", _share_cell("unserved_share")),),
     "step_time": (Column("step time, of the baseline's", _time_cell),),
-    "sent_bytes": (Column("MB sent per step (forward, all ranks)", _bytes_cell),),
+    "sent_bytes": (Column("MB sent per step (forward, all ranks), of the baseline's", _bytes_cell),),
     "max_load": (Column("largest load (1: K T / E)", _mean_cell("max_load", ".2f")),),
     "router_entropy": (Column("router entropy", _mean_cell("router_entropy", ".3f")),),
     "calinski_harabasz": (Column("CH index of clusters", _mean_cell("calinski_harabasz", ".0f")),),

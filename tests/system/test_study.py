@@ -1,13 +1,19 @@
 """A whole study through its command: two arms, two seeds, cost on two ranks, and a page with pictures."""
 
 import json
+import signal
+import subprocess
+import time
+from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 
 from megamoe.testing.configs import TINY
-from megamoe.testing.launches import launch
-from megamoe.testing.runs import prepared_run
+from megamoe.testing.launches import command, launch, outcome, started
+from megamoe.testing.runs import Run, prepared_run
+from megamoe.training.checkpoint import folder as folders
 
 pytestmark = pytest.mark.slow
 
@@ -31,6 +37,8 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     (folder / "base.yaml").write_text("parallel: {ep: 1, zero_stage: 0}\n")
     (folder / "study.yaml").write_text(PLAN)
     settings = [*TINY, *prepared_run(folder, "training.steps=4", "training.schedule.warmup_steps=1")]
+    # The study gives each run a folder of its own.
+    settings = [word for word in settings if not word.startswith("training.output_dir=")]
     return ["study", str(folder / "study.yaml"), "--runs", str(folder / "runs"), *settings]
 
 
@@ -69,3 +77,27 @@ def test_a_failing_run_is_shown_and_the_others_go_on(words: list[str], tmp_path:
     assert failed.returncode == 1, failed.output
     assert "FAILED: etr seed 5: could not be started" in failed.output
     assert "topk seed 5 done" in failed.output
+
+
+def test_an_interrupted_study_leaves_no_process_and_can_go_on(words: list[str], tmp_path: Path) -> None:
+    """A run that would not end by itself saves and leaves when the study is asked to stop."""
+    arguments = [*words[:2], "--runs", str(tmp_path / "runs"), *words[4:], "training.steps=100000"]
+    arguments += ["training.checkpoint.every=0", "training.validation.every=0", "--jobs", "1", "--phase", "train"]
+    run = Run((), tmp_path / "runs" / "topk" / "seed_5")
+    with started(command("python", "megamoe/__main__.py", arguments), tmp_path / "out") as process:
+        wait_until(lambda: len(run.metrics()) >= 3, process)
+        children = psutil.Process(process.pid).children(recursive=True)
+        process.send_signal(signal.SIGTERM)
+        ended = outcome(process, tmp_path / "out", 90)
+    assert ended.returncode == 130, ended.output
+    assert [child for child in children if child.is_running() and "pretrain.py" in str(child.cmdline())] == []
+    assert [path.name for path in folders.complete(run.folder)] == [folders.final_name(run.metrics()[-1]["step"])]
+
+
+def wait_until(condition: Callable[[], bool], process: subprocess.Popen[bytes], seconds: float = 90.0) -> None:
+    """Look again and again, as long as the process lives."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, "the study ended by itself"
+        assert time.monotonic() < deadline, f"nothing happened within {seconds} s"
+        time.sleep(0.05)
