@@ -54,11 +54,11 @@ class RouterContestant:
         return ""
 
 
-TOPK, RESONANCE = "topk softmax", "resonance grap_learned"
+TOPK, RESONANCE, FIXED = "topk softmax", "resonance grap_learned", "resonance grap"
 CONTESTANTS = (
     RouterContestant(TOPK, {"router": {"type": "topk"}}),
     RouterContestant(RESONANCE, {"router": {"type": "resonance", "affinity": "grap_learned"}}),
-    RouterContestant("resonance grap", {"router": {"type": "resonance", "affinity": "grap"}}),
+    RouterContestant(FIXED, {"router": {"type": "resonance", "affinity": "grap"}}),
     RouterContestant("resonance etr_success", {"router": {"type": "resonance"}, "capacity": {"mode": "etr_success"}}),
 )
 
@@ -199,10 +199,10 @@ def _targets(settings: RouterSettings, results: list[dict[str, Any]]) -> list[di
     """The promises that this run can judge: only those of the promised size."""
     if any(getattr(settings, name) != value for name, value in PROMISED_SIZE.items()):
         return []
-    judged = [row for row in results if row["contestant"] == RESONANCE and row["experts"] in PROMISED_EXPERTS]
+    judged = [row for row in results if row["contestant"] in (FIXED, RESONANCE) and row["experts"] in PROMISED_EXPERTS]
     return [
         target(
-            f"{row['dtype']}, {row['experts']} experts: resonance over topk",
+            f"{row['dtype']}, {row['experts']} experts: {row['contestant']} over topk",
             RATIO_LIMIT,
             row["ratio_to_topk"]["median"],
         )

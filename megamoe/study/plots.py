@@ -64,7 +64,11 @@ def draw(results: dict[str, Any], folder: Path) -> list[tuple[str, str]]:
             titles[f"curve_{name}"] = f"{_words(name).capitalize()} over steps, for each block; mean over seeds"
         drawn = [(name, figure) for name, figure in figures.items() if figure is not None]
         for name, figure in drawn:
-            figure.savefig(folder / f"{name}.svg", metadata={"Date": None}, bbox_inches="tight")
+            figure.savefig(
+                folder / f"{name}.svg",
+                metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")),
+                bbox_inches="tight",
+            )
     return [(f"{name}.svg", titles[name]) for name, _ in drawn]
 
 
