@@ -179,6 +179,11 @@ def auxiliary_losses(
     return terms
 
 
+def normalised(weights_TK: Tensor) -> Tensor:
+    """Each token's weights divided by their sum; zeros stay zeros."""
+    return weights_TK / weights_TK.sum(-1, keepdim=True).clamp_min(1e-20)
+
+
 def count(expert_ids: Tensor, num_experts: int) -> Tensor:
     """How often each expert occurs, int64 [E]."""
     flat = expert_ids.reshape(-1)

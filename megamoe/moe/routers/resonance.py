@@ -15,9 +15,9 @@ from megamoe.config.routers import ResonanceRouterConfig
 from megamoe.moe import losses, stats
 from megamoe.moe.bounds import Limits
 from megamoe.moe.placement import ALONE, ExpertParallel
-from megamoe.moe.routers.base import Choice, Outcome, Router, RouterSize, auxiliary_losses, count
+from megamoe.moe.routers.base import Choice, Outcome, Router, RouterSize, auxiliary_losses, count, normalised
 from megamoe.moe.types import RoutingPlan
-from megamoe.ops.affinity import GRAP_AFFINITY, GrapAffinity
+from megamoe.ops.affinity import GRAP_AFFINITY, GrapAffinity, slice_owners
 from megamoe.ops.precision import at_least_fp32
 from megamoe.ops.row_softmax import row_softmax
 from megamoe.parallel import collectives
@@ -46,7 +46,6 @@ class ResonanceRouter(Router):
     """
 
     token_mean_D: Tensor
-    slice_mask_ED: Tensor
 
     def __init__(
         self, config: ResonanceRouterConfig, size: RouterSize, capacity: CapacityConfig, ep: ExpertParallel = ALONE
@@ -62,13 +61,12 @@ class ResonanceRouter(Router):
         if config.learn_scale:
             self.log_scale = nn.Parameter(torch.empty(1))
         self.register_buffer("token_mean_D", torch.zeros(size.hidden_size, dtype=torch.float32))
-        self.register_buffer("slice_mask_ED", slice_mask(size.num_experts, size.hidden_size), persistent=False)
 
     def expert_vectors(self) -> Tensor:
         """Unit expert vectors, fp32 [E, D]."""
         if self.config.affinity == "cosine":
             return F.normalize(at_least_fp32(self.weight), dim=-1)
-        mask_ED = self.slice_mask_ED
+        mask_ED = slice_mask(self.num_experts, self.hidden_size).to(self.token_mean_D)
         if self.config.affinity == "grap_learned":
             mask_ED = mask_ED * at_least_fp32(self.slice_values)
         return F.normalize(mask_ED, dim=-1)
@@ -103,7 +101,7 @@ class ResonanceRouter(Router):
         affinity_TK, expert_ids_TK = affinity_TE.detach().topk(self.top_k, dim=-1)
         weights_TK = probs_TE.gather(1, expert_ids_TK)
         if self.top_k > 1:
-            weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True).clamp_min(1e-20)
+            weights_TK = normalised(weights_TK)
         outcome = Outcome(
             logits_TE,
             losses=self._losses(probs_TE, logits_TE, expert_ids_TK),
@@ -198,7 +196,5 @@ def slice_mask(num_experts: int, hidden_size: int) -> Tensor:
 
     The slices are contiguous and disjoint and cover all features; the first D mod E are one feature longer.
     """
-    small, longer = divmod(hidden_size, num_experts)
-    lengths = torch.tensor([small + (i < longer) for i in range(num_experts)])
-    owner_D = torch.repeat_interleave(torch.arange(num_experts), lengths)
+    owner_D = slice_owners(hidden_size, num_experts, torch.device("cpu"))
     return F.one_hot(owner_D, num_experts).t().float().contiguous()

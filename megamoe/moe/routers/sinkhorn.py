@@ -12,7 +12,7 @@ from megamoe.config.moe import CapacityConfig
 from megamoe.config.routers import SinkhornRouterConfig
 from megamoe.moe import losses, stats
 from megamoe.moe.placement import ALONE, ExpertParallel
-from megamoe.moe.routers.base import Choice, Outcome, Router, RouterSize, auxiliary_losses, count
+from megamoe.moe.routers.base import Choice, Outcome, Router, RouterSize, auxiliary_losses, count, normalised
 from megamoe.moe.types import RoutingPlan
 from megamoe.ops.precision import at_least_fp32
 from megamoe.ops.row_softmax import row_softmax
@@ -53,9 +53,7 @@ class SinkhornRouter(Router):
             assigned_TE = log_assignment(logits_TE.detach(), self.config.iterations)
             expert_ids_TK = assigned_TE.topk(self.top_k, dim=-1).indices
         chosen_TK = probs_TE.gather(1, expert_ids_TK)
-        weights_TK = chosen_TK
-        if self.top_k > 1:
-            weights_TK = chosen_TK / chosen_TK.sum(-1, keepdim=True).clamp_min(1e-20)
+        weights_TK = normalised(chosen_TK) if self.top_k > 1 else chosen_TK
         return self.make_plan(Choice(expert_ids_TK, weights_TK, chosen_TK, token_ids_T), outcome)
 
 

@@ -10,7 +10,7 @@ from megamoe.config.moe import CapacityConfig
 from megamoe.config.routers import TopKRouterConfig
 from megamoe.moe import losses, stats
 from megamoe.moe.placement import ALONE, ExpertParallel
-from megamoe.moe.routers.base import Choice, Outcome, Router, RouterSize, auxiliary_losses, count
+from megamoe.moe.routers.base import Choice, Outcome, Router, RouterSize, auxiliary_losses, count, normalised
 from megamoe.moe.types import RoutingPlan
 from megamoe.ops.precision import at_least_fp32
 from megamoe.ops.row_softmax import row_softmax
@@ -44,7 +44,7 @@ class TopKRouter(Router):
         weights_TK = chosen_TK
         # Not for one expert: its weight would always be 1, and the router would learn nothing.
         if self.top_k > 1 and (self.config.score == "sigmoid" or self.config.normalize_weights):
-            weights_TK = chosen_TK / chosen_TK.sum(-1, keepdim=True).clamp_min(1e-20)
+            weights_TK = normalised(chosen_TK)
         probs_TE = scores_TE if self.config.score == "softmax" else F.normalize(scores_TE, p=1, dim=-1)
         chosen_E = count(expert_ids_TK, self.num_experts)
         outcome = Outcome(
