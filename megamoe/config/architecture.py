@@ -42,7 +42,14 @@ def architecture(config: RunConfig, vocab_size: int) -> dict[str, Any]:
         values |= {f"moe.router.{name}": getattr(router, name) for name in _ROUTER if hasattr(router, name)}
         mode = config.moe.capacity.mode
         values["moe.capacity.mode"] = mode if mode in _FOLLOWING else "dropless or static"
+        if config.moe.broadcast is not None:  # its thresholds are in the checkpoint
+            values["moe.broadcast"] = "on"
     return values
+
+
+def network(architecture: dict[str, Any]) -> dict[str, Any]:
+    """Of an architecture, what decides whether weights fit: without what training remembers besides."""
+    return {name: value for name, value in architecture.items() if name not in ("moe.capacity.mode", "moe.broadcast")}
 
 
 def differences(saved: dict[str, Any], wanted: dict[str, Any]) -> list[str]:

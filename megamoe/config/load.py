@@ -24,27 +24,51 @@ from megamoe.config.sources import KeyPath, Source, read_file, read_override
 Values = dict[str, Any]
 
 
-def load_config(paths: Sequence[str | Path], overrides: Sequence[str] = ()) -> RunConfig:
+def load_config(paths: Sequence[str | Path], overrides: Sequence[str] = (), base: Values | None = None) -> RunConfig:
     """The configuration that these files and overrides describe.
 
     Args:
         paths: YAML or JSON files, later ones win.
         overrides: `section.field=value` with YAML values; they win over files.
+        base: values below all files, in place of the defaults.
 
     Raises:
         ConfigError: listing every unreadable file, unknown key, wrong value and broken cross-section rule.
     """
     sources = [*map(read_file, paths), *map(read_override, overrides)]
     unread = [problem for source in sources for problem in source.problems]
-    files, given = sources[: len(paths)], sources[len(paths) :]
-    # Overrides are one layer: else the first of `moe.router.affinity=grap moe.router.type=resonance` is lost.
-    layer: Values = reduce(_deep, (source.values for source in given), {})
-    values: Values = reduce(merge, (*(file.values for file in files), layer), {})
+    values = merge(base or {}, _merged(sources[: len(paths)], sources[len(paths) :]))
     # Without what could not be read, rules would judge defaults that the user never chose.
     config, found = check(values, sources, rules=() if unread else RULES)
     raise_all([*unread, *found], todo=_advice(paths, overrides))
     assert config is not None
     return config
+
+
+def given_value(paths: Sequence[str | Path], overrides: Sequence[str], dotted: str) -> Any:
+    """What files and overrides say about one field, unchecked; None where they say nothing."""
+    return _get(_merged([*map(read_file, paths)], [*map(read_override, overrides)]), tuple(dotted.split(".")))
+
+
+def changed(config: RunConfig, **fields: Any) -> RunConfig:
+    """A copy with other values in `training`, checked as a whole.
+
+    Raises:
+        ConfigError: a rule does not hold with them.
+    """
+    values = config.model_dump(mode="json", exclude_unset=True)
+    values["training"] = {**values.get("training", {}), **fields}
+    copy, found = check(values)
+    raise_all(found, todo="correct these settings")
+    assert copy is not None
+    return copy
+
+
+def _merged(files: Sequence[Source], given: Sequence[Source]) -> Values:
+    # Overrides are one layer: else the first of `moe.router.affinity=grap moe.router.type=resonance` is lost.
+    layer: Values = reduce(_deep, (source.values for source in given), {})
+    values: Values = reduce(merge, (*(file.values for file in files), layer), {})
+    return values
 
 
 def dump_config(config: RunConfig) -> Values:

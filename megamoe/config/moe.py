@@ -36,6 +36,50 @@ class CapacityConfig(Section):
     )
 
 
+class BroadcastConfig(Section):
+    """GW-MoE (arXiv 2406.12375): in training, tokens whose routing is uncertain go to all experts. Evaluation and
+    generation are unchanged."""
+
+    threshold: Literal["quantile", "fixed"] = Field(
+        "quantile",
+        description="Which tokens are uncertain. quantile: those above this quantile of each block's router entropy, "
+        "measured on the model that fine-tuning starts from and kept in the checkpoint. fixed: above `entropy`.",
+    )
+    quantile: float = Field(0.95, gt=0, lt=1, description="Of the router entropies that are measured at the start.")
+    calibration_tokens: int = Field(
+        131_072, ge=1, description="Tokens of the training data that the quantile is measured on (all, if fewer)."
+    )
+    entropy: float = Field(
+        0.866,
+        ge=0,
+        le=1,
+        description="With threshold fixed: least entropy of an uncertain token, divided by ln E (released settings at "
+        "E = 8: .769, .866; 0: every token).",
+    )
+    max_share: float = Field(
+        0.05, gt=0, le=1, description="Of each sequence, at most this share of the tokens is broadcast (rounded up)."
+    )
+    slots: Literal["highest_entropy", "first"] = Field(
+        "highest_entropy", description="Which of a sequence's uncertain tokens get its slots if they are too many."
+    )
+    scale: Literal["sum1", "match_topk"] = Field(
+        "sum1",
+        description="Weights of a broadcast token: the router's distribution over all experts, or that times the sum "
+        "of the token's top-k weights, which are less than 1 where the router does not normalise them.",
+    )
+    top_m: int | None = Field(
+        None, ge=2, description="Only the best so many experts, with weights renormalised; null: all of them."
+    )
+    freeze_router: bool = Field(
+        True, description="Do not train the routers, nor move the running statistics of their scores."
+    )
+    choose: Literal["uncertain", "random", "lowest_entropy"] = Field(
+        "uncertain",
+        description="For comparison: broadcast as many random tokens of each sequence, or as many of lowest entropy, "
+        "as there are uncertain ones with a slot.",
+    )
+
+
 class MoEConfig(Section):
     """Experts and routing. `num_experts: 0` makes a dense model."""
 
@@ -51,6 +95,9 @@ class MoEConfig(Section):
     )
     router: RouterConfig = Field(default_factory=TopKRouterConfig, description="The router, chosen by `type`.")
     capacity: CapacityConfig = Field(default_factory=CapacityConfig, description="Tokens an expert may keep.")
+    broadcast: BroadcastConfig | None = Field(
+        None, description="Broadcast uncertain tokens to all experts in training (GW-MoE); null: no."
+    )
     dispatcher: Literal["auto", "local", "all_to_all", "padded"] = Field(
         "auto",
         description="How rows reach their experts. local: no exchange. all_to_all: exactly the rows kept, after an "

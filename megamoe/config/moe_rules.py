@@ -6,7 +6,13 @@ from collections.abc import Callable, Iterator
 
 from megamoe.config import derive
 from megamoe.config.problems import Problem
-from megamoe.config.routers import ExpertChoiceRouterConfig, ResonanceRouterConfig, TopKRouterConfig
+from megamoe.config.routers import (
+    BalancedRouterConfig,
+    ExpertChoiceRouterConfig,
+    HashRouterConfig,
+    ResonanceRouterConfig,
+    TopKRouterConfig,
+)
 from megamoe.config.run import RunConfig
 
 
@@ -145,6 +151,31 @@ def sigmoid_weights_are_normalised(config: RunConfig) -> Iterator[Problem]:
         yield Problem("moe.router.normalize_weights", what, ("moe.router.score",))
 
 
+def broadcast_needs_scores(config: RunConfig) -> Iterator[Problem]:
+    moe, router = config.moe, config.moe.router
+    if moe.broadcast is None:
+        return
+    if moe.num_experts == 0:
+        yield Problem("moe.broadcast", "a dense model has no experts to broadcast to; use null", ("moe.num_experts",))
+    elif isinstance(router, HashRouterConfig | BalancedRouterConfig):
+        what = f"moe.router.type {router.type} has no scores whose entropy could be uncertain; use null"
+        yield Problem("moe.broadcast", what, ("moe.router.type",))
+
+
+def broadcast_quantile_is_measured(config: RunConfig) -> Iterator[Problem]:
+    broadcast = config.moe.broadcast
+    if broadcast is not None and broadcast.threshold == "quantile" and config.finetune is None:
+        what = "quantile is measured on the model that fine-tuning starts from, and this run has no finetune; use fixed"
+        yield Problem("moe.broadcast.threshold", what, ("finetune",))
+
+
+def broadcast_experts_exist(config: RunConfig) -> Iterator[Problem]:
+    broadcast, experts = config.moe.broadcast, config.moe.num_experts
+    if broadcast is not None and broadcast.top_m is not None and broadcast.top_m > experts > 0:
+        what = f"{broadcast.top_m} is more than moe.num_experts {experts}; null takes all of them"
+        yield Problem("moe.broadcast.top_m", what, ("moe.num_experts",))
+
+
 MOE_RULES: tuple[Callable[[RunConfig], Iterator[Problem]], ...] = (
     experts_divide_over_ep,
     ep_needs_experts,
@@ -162,4 +193,7 @@ MOE_RULES: tuple[Callable[[RunConfig], Iterator[Problem]], ...] = (
     groups_divide_experts,
     grap_slices_hold_a_feature,
     sigmoid_weights_are_normalised,
+    broadcast_needs_scores,
+    broadcast_quantile_is_measured,
+    broadcast_experts_exist,
 )

@@ -8,6 +8,7 @@ from pydantic import Field
 
 from megamoe.config.base import Section
 from megamoe.config.data import DataConfig
+from megamoe.config.finetune import FinetuneConfig
 from megamoe.config.model import ModelConfig
 from megamoe.config.moe import MoEConfig
 from megamoe.config.ops import OpsConfig
@@ -23,6 +24,9 @@ class RunConfig(Section):
     parallel: ParallelConfig = Field(default_factory=ParallelConfig)
     data: DataConfig = Field(default_factory=DataConfig)
     training: TrainingConfig = Field(default_factory=TrainingConfig)
+    finetune: FinetuneConfig | None = Field(
+        None, description="Supervised fine-tuning (launch/finetune.py); null in pretraining."
+    )
     ops: OpsConfig = Field(default_factory=OpsConfig)
     deepspeed_extra: dict[str, Any] = Field(
         default_factory=dict,

@@ -90,6 +90,14 @@ class TrainingConfig(Section):
     )
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = Field(default_factory=ScheduleConfig)
+    trainable: Annotated[tuple[str, ...], Strict(False)] = Field(
+        ("*",),
+        min_length=1,
+        description="Patterns of parameter names that are trained; `*` is any text, as in blocks.*.ffn.experts.*",
+    )
+    frozen: Annotated[tuple[str, ...], Strict(False)] = Field(
+        (), description="Patterns of parameter names that are not trained, whatever `trainable` says."
+    )
     gradient_clipping: float = Field(1.0, ge=0, description="Bound of the global gradient norm; 0: off.")
     recompute: Literal["none", "full"] = Field(
         "none", description="full: keep only each block's input and run the block again in the backward pass."
