@@ -21,6 +21,7 @@ from megamoe.config import derive
 from megamoe.config.load import dump_config
 from megamoe.config.routers import AuxiliaryLosses
 from megamoe.config.run import RunConfig
+from megamoe.data.batch import Batch
 from megamoe.model.decoder import Decoder
 from megamoe.model.initialise import initialise
 from megamoe.moe.layer import MoELayer
@@ -29,9 +30,8 @@ from megamoe.moe.types import LayerAux
 from megamoe.parallel.collectives import barrier
 from megamoe.testing.ranks import run_ranks
 from megamoe.training.engine import Engine
-from megamoe.training.loop import update_statistics
-from megamoe.training.metrics import Accumulator
 from megamoe.training.setup import Runtime, distributed
+from megamoe.training.step import train_step
 
 PEERS = {"deepspeed no drop": False, "deepspeed capacity 1.25": True}
 """Variants of DeepSpeed's layer: whether it drops tokens over the capacity."""
@@ -135,19 +135,14 @@ class Trainee:
         """Optimizer steps as the training loop makes them, metrics included, until all ranks are done."""
         micro_steps = derive.accumulation_steps(self.config, self.runtime.world_size)
         for _ in range(steps):
-            accumulator = Accumulator()
-            for micro_step in range(micro_steps):
-                accumulator.add(self.engine.micro_step(*self._batch(), last=micro_step == micro_steps - 1))
-            self.engine.optimizer_step(1.0)
-            result = accumulator.reduce(self.runtime.groups.dp.handle)
-            update_statistics(self.engine, result)
+            result, _ = train_step(self.engine, [self._batch() for _ in range(micro_steps)], 1.0)
             self.loss = float(result.values["cross_entropy"])
         barrier()
 
-    def _batch(self) -> tuple[Tensor, Tensor]:
+    def _batch(self) -> Batch:
         size = (self.config.training.micro_batch_size, self.config.data.seq_length + 1)
         tokens = torch.randint(self.vocab_size, size, generator=self.generator)
-        return tokens[:, :-1], tokens[:, 1:].contiguous()
+        return Batch(tokens[:, :-1], tokens[:, 1:].contiguous())
 
 
 class DeepSpeedBlockFFN(nn.Module):
@@ -160,7 +155,7 @@ class DeepSpeedBlockFFN(nn.Module):
         self.layer = deepspeed_moe(shape, config.parallel.ep, drop_tokens)
         self.balance_loss = moe.router.balance_loss if isinstance(moe.router, AuxiliaryLosses) else 0.0
 
-    def forward(self, x_BSD: Tensor, tokens_BS: Tensor) -> tuple[Tensor, LayerAux]:
+    def forward(self, x_BSD: Tensor, tokens_BS: Tensor, documents_BS: Tensor | None) -> tuple[Tensor, LayerAux]:
         out_BSD, balance_loss, _ = self.layer(x_BSD)
         return out_BSD, LayerAux({"balance_loss": self.balance_loss * balance_loss}, {}, {})
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from megamoe.common.determinism import stream_seed
 from megamoe.common.errors import DataError
 from megamoe.config.data import DataConfig
+from megamoe.data.batch import Batch
 from megamoe.data.blend import Blend
 from megamoe.data.indexed import IndexedTokens, Tokens
 from megamoe.data.manifest import Manifest, Split, pair_prefix
@@ -140,9 +141,9 @@ class BatchLoader:
         return torch.from_numpy(np.stack(rows))
 
     def rank_batch(
-        self, consumed: int, micro_step: int, dp_rank: int, dp_size: int, micro_batch_size: int
-    ) -> tuple[Tensor, Tensor]:
-        """What a data-parallel rank reads in a micro-step: tokens and next-token labels, both int64 [B, S].
+        self, consumed: int, micro_step: int, dp_rank: int, dp_size: int, micro_batch_size: int, micro_steps: int
+    ) -> Batch:
+        """What a data-parallel rank reads in a micro-step: tokens and next-token labels.
 
         Its rows are the samples consumed + (micro_step·dp_size + dp_rank)·B + k: micro-batch (m, r) of P
         ranks is micro-batch m·P + r of one process.
@@ -153,10 +154,11 @@ class BatchLoader:
             dp_rank: this rank among those that read different samples, expert-parallel ranks included.
             dp_size: how many there are, P.
             micro_batch_size: B.
+            micro_steps: gradient accumulation steps; every sample has equally many labels here, so nothing follows.
         """
         first = consumed + (micro_step * dp_size + dp_rank) * micro_batch_size
         samples = self.batch(first, micro_batch_size)
-        return samples[:, :-1].contiguous(), samples[:, 1:].contiguous()
+        return Batch(samples[:, :-1].contiguous(), samples[:, 1:].contiguous())
 
 
 def documents(config: DataConfig, manifest: Manifest, source: str, split: Split = "validation") -> Iterator[Tensor]:

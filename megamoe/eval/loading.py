@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 
-from megamoe.common.errors import CheckpointError
 from megamoe.config.load import load_config
 from megamoe.config.run import RunConfig
 from megamoe.data.tokenizer import Tokenizer
@@ -40,17 +39,7 @@ def open_checkpoint(path: str | Path, overrides: Sequence[str], world_size: int)
     Raises:
         CheckpointError: there is no complete checkpoint.
     """
-    folder = Path(path)
-    if not (folder / folders.MANIFEST).exists() and folders.root(folder).is_dir():
-        found = folders.complete(folder)
-        if not found:
-            raise CheckpointError(
-                f"there is no complete checkpoint in {folders.root(folder)}",
-                got="an empty or interrupted run",
-                expected="at least one folder step_... with a manifest.json",
-                todo="train first: deepspeed launch/pretrain.py --config configs/tiny.yaml",
-            )
-        folder = found[-1]
+    folder = folders.locate(path)
     manifest = folders.read_manifest(folder)
     config = load_config([folder / "config.json"], overrides)
     ep = math.gcd(world_size, config.moe.num_experts) if config.moe.num_experts else 1

@@ -12,6 +12,7 @@ from rich.progress import track
 from torch import Tensor
 
 from megamoe.config.data import DataConfig
+from megamoe.data.batch import IGNORED
 from megamoe.data.loader import documents
 from megamoe.data.manifest import Manifest
 from megamoe.data.tokenizer import Tokenizer
@@ -89,11 +90,8 @@ def _score_batch(model: Decoder, batch: list[tuple[Tensor, Tensor]], filler: int
     """(sum of losses, number of tokens), float64 [2]. An empty batch takes part with one token that does not count."""
     longest = max((len(inputs) for inputs, _ in batch), default=1)
     shape = (max(1, len(batch)), longest)
-    tokens_BS, labels_BS = torch.full(shape, filler), torch.full(shape, filler)
-    counted_BS = torch.zeros(shape)
+    tokens_BS, labels_BS = torch.full(shape, filler), torch.full(shape, IGNORED)
     for row, (inputs, labels) in enumerate(batch):
         tokens_BS[row, : len(inputs)], labels_BS[row, : len(labels)] = inputs, labels
-        counted_BS[row, : len(labels)] = 1
-    losses_BS = model.token_losses(tokens_BS.to(device), labels_BS.to(device))
-    counted_BS = counted_BS.to(device)
-    return torch.stack([(losses_BS * counted_BS).double().sum(), counted_BS.double().sum()])
+    scores = model(tokens_BS.to(device), labels_BS.to(device), each=True).scores
+    return torch.stack([scores.losses_BS.double().sum(), scores.counted_BS.double().sum()])

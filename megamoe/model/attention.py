@@ -42,8 +42,12 @@ class Attention(nn.Module):
         self.wv = nn.Linear(hidden_size, num_kv_heads * head_size, bias=False)
         self.wo = nn.Linear(num_heads * head_size, hidden_size, bias=False)
 
-    def forward(self, x_BSD: Tensor, cache: KeyValueCache | None = None) -> Tensor:
-        """[B, S, D] to [B, S, D]. With a cache, the S positions follow those already in it."""
+    def forward(self, x_BSD: Tensor, cache: KeyValueCache | None = None, mask_B1SS: Tensor | None = None) -> Tensor:
+        """[B, S, D] to [B, S, D]. With a cache, the S positions follow those already in it.
+
+        Args:
+            mask_B1SS: bool, which positions each one sees (`document_mask`), without a cache; None: all up to it.
+        """
         past = cache.length if cache is not None else 0
         cos_SH, sin_SH = self._rotation(x_BSD, past)
         queries = rotate(self._heads(self.wq(x_BSD), self.num_heads), cos_SH, sin_SH)
@@ -55,8 +59,8 @@ class Attention(nn.Module):
             queries,
             keys,
             values,
-            attn_mask=_mask(x_BSD.shape[1], past, x_BSD.device),
-            is_causal=past == 0,
+            attn_mask=mask_B1SS if mask_B1SS is not None else _mask(x_BSD.shape[1], past, x_BSD.device),
+            is_causal=past == 0 and mask_B1SS is None,
             enable_gqa=self.num_heads != self.num_kv_heads,
         )
         return self.wo(out_BNSH.transpose(1, 2).flatten(2))
@@ -67,6 +71,12 @@ class Attention(nn.Module):
 
     def _heads(self, x: Tensor, heads: int) -> Tensor:
         return x.unflatten(-1, (heads, self.head_size)).transpose(1, 2)
+
+
+def document_mask(documents_BS: Tensor) -> Tensor:
+    """Positions up to each one in the same document, bool [B, 1, S, S]; padding (-1) sees padding."""
+    same_BSS = documents_BS[:, :, None] == documents_BS[:, None, :]
+    return same_BSS.tril_()[:, None]
 
 
 def _mask(new: int, past: int, device: torch.device) -> Tensor | None:

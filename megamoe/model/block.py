@@ -36,14 +36,22 @@ class Block(nn.Module):
         else:
             self.ffn = FeedForward(model.hidden_size, model.ffn_size)
 
-    def forward(self, x_BSD: Tensor, tokens_BS: Tensor, cache: KeyValueCache | None = None) -> tuple[Tensor, LayerAux]:
+    def forward(
+        self,
+        x_BSD: Tensor,
+        tokens_BS: Tensor,
+        cache: KeyValueCache | None = None,
+        documents_BS: Tensor | None = None,
+        mask_B1SS: Tensor | None = None,
+    ) -> tuple[Tensor, LayerAux]:
         """[B, S, D] to ([B, S, D], what the MoE layer returned besides, empty for a dense block).
 
-        `tokens_BS` are the vocabulary entries at the positions of `x_BSD`, for routers that look at them.
+        `tokens_BS` are the vocabulary entries at the positions of `x_BSD`, `documents_BS` the numbers of their
+        documents, for routers that look at them; `mask_B1SS` which positions each one attends to.
         """
-        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), cache)
+        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), cache, mask_B1SS)
         normed_BSD = self.ffn_norm(x_BSD)
         if not self.is_moe:
             return x_BSD + self.ffn(normed_BSD), LayerAux({}, {}, {})
-        out_BSD, aux = self.ffn(normed_BSD, tokens_BS)
+        out_BSD, aux = self.ffn(normed_BSD, tokens_BS, documents_BS)
         return x_BSD + out_BSD, aux

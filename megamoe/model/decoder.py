@@ -2,21 +2,37 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from megamoe.config.run import RunConfig
-from megamoe.model.attention import KeyValueCache
+from megamoe.data.batch import IGNORED
+from megamoe.model.attention import KeyValueCache, document_mask
 from megamoe.model.block import Block
 from megamoe.model.norms import build_norm
+from megamoe.model.recompute import recomputed
 from megamoe.moe.placement import ALONE, ExpertParallel
 from megamoe.moe.types import LayerAux
-from megamoe.ops.linear_cross_entropy import linear_cross_entropy, token_losses
+from megamoe.ops.linear_cross_entropy import linear_cross_entropy, token_scores
 from megamoe.ops.precision import at_least_fp32
+
+
+class Scores(NamedTuple):
+    """Of every label by itself, without gradients."""
+
+    losses_BS: Tensor
+    """Cross entropy, fp32 at least; 0 where the label is IGNORED."""
+    right_BS: Tensor
+    """bool: the label is the likeliest token; False where it is IGNORED."""
+    counted_BS: Tensor
+    """bool: the label is not IGNORED."""
+
+    def mean(self, targets: float | None = None) -> Tensor:
+        """Sum of the losses over `targets`; None: over their number."""
+        return self.losses_BS.sum() / (self.counted_BS.sum().clamp_min(1) if targets is None else targets)
 
 
 class ModelOutput(NamedTuple):
@@ -25,9 +41,11 @@ class ModelOutput(NamedTuple):
     loss: Tensor
     """Cross entropy plus auxiliary losses: what is differentiated. fp32 scalar (fp64 in an fp64 model)."""
     cross_entropy: Tensor
-    """Mean over tokens, in nats; dtype as of `loss`."""
+    """Mean over labels, in nats; dtype as of `loss`."""
     layers: tuple[LayerAux, ...]
     """One per block, in order; empty dicts for dense blocks. Each loss appears once, recomputed or not."""
+    scores: Scores | None = None
+    """Only where asked for."""
 
 
 class Head(nn.Module):
@@ -43,11 +61,34 @@ class Head(nn.Module):
         assert isinstance(embedding_VD, nn.Parameter)
         self.weight = embedding_VD
 
-    def forward(self, hidden_BSD: Tensor, labels_BS: Tensor | None = None) -> Tensor:
-        """Mean cross entropy, or without labels the logits [B, S, V]; in fp32 at least."""
+    def forward(
+        self,
+        hidden_BSD: Tensor,
+        labels_BS: Tensor | None = None,
+        targets: float | None = None,
+        each: bool = False,
+    ) -> Any:
+        """Mean cross entropy, or without labels the logits [B, S, V]; in fp32 at least.
+
+        With `targets`, the sum over the labels that are not IGNORED, divided by it. With `each`, the :class:`Scores`
+        instead. One method for all, because ZeRO-3 has the weight there only while `forward` runs.
+        """
         if labels_BS is None:
             return at_least_fp32(F.linear(hidden_BSD, self.weight))
-        return linear_cross_entropy(hidden_BSD.flatten(0, 1), self.weight, labels_BS.flatten(), self.chunk_size)
+        if each:
+            return self.scores(hidden_BSD, labels_BS)
+        hidden_TD, labels_T = hidden_BSD.flatten(0, 1), labels_BS.flatten()
+        if targets is not None:  # no logits for what does not count
+            counted = (labels_T != IGNORED).nonzero().squeeze(-1)
+            hidden_TD, labels_T = hidden_TD[counted], labels_T[counted]
+        return linear_cross_entropy(hidden_TD, self.weight, labels_T, self.chunk_size, targets)
+
+    def scores(self, hidden_BSD: Tensor, labels_BS: Tensor) -> Scores:
+        """Of every label by itself."""
+        labels_T, counted_BS = labels_BS.flatten().clamp_min(0), labels_BS != IGNORED
+        losses_T, right_T = token_scores(hidden_BSD.flatten(0, 1), self.weight, labels_T, self.chunk_size)
+        losses_BS, right_BS = losses_T.view(labels_BS.shape), right_T.view(labels_BS.shape)
+        return Scores(losses_BS.masked_fill(~counted_BS, 0.0), right_BS & counted_BS, counted_BS)
 
 
 class Decoder(nn.Module):
@@ -70,12 +111,24 @@ class Decoder(nn.Module):
             self.head.tie(self.embedding.weight)
         self.recompute = config.training.recompute == "full"
 
-    def forward(self, tokens_BS: Tensor, labels_BS: Tensor) -> ModelOutput:
-        """Loss of a micro-batch. `labels[b, s]` is the token that follows `tokens[b, s]`."""
-        hidden_BSD, layers = self._hidden(tokens_BS)
-        cross_entropy = self.head(hidden_BSD, labels_BS)
+    def forward(
+        self,
+        tokens_BS: Tensor,
+        labels_BS: Tensor,
+        documents_BS: Tensor | None = None,
+        targets: float | None = None,
+        each: bool = False,
+    ) -> ModelOutput:
+        """Loss of a micro-batch; arguments as in :class:`megamoe.data.batch.Batch`.
+
+        Args:
+            each: score every label by itself; the loss has no gradient then.
+        """
+        hidden_BSD, layers = self._hidden(tokens_BS, documents_BS=documents_BS)
+        scores = self.head(hidden_BSD, labels_BS, each=True) if each else None
+        cross_entropy = self.head(hidden_BSD, labels_BS, targets) if scores is None else scores.mean(targets)
         auxiliary = [term for aux in layers for term in aux.losses.values()]
-        return ModelOutput(sum(auxiliary, cross_entropy), cross_entropy, layers)
+        return ModelOutput(sum(auxiliary, cross_entropy), cross_entropy, layers, scores)
 
     def logits(self, tokens_BS: Tensor, caches: list[KeyValueCache] | None = None) -> Tensor:
         """Last position's logits, [B, V] in fp32 at least. With caches (one per block) the tokens continue them."""
@@ -83,27 +136,20 @@ class Decoder(nn.Module):
         logits_BV: Tensor = self.head(hidden_BSD[:, -1:]).squeeze(1)
         return logits_BV
 
-    def token_losses(self, tokens_BS: Tensor, labels_BS: Tensor) -> Tensor:
-        """Cross entropy of every token, [B, S] in fp32 at least, without gradients."""
-        with torch.no_grad():
-            hidden_BSD, _ = self._hidden(tokens_BS)
-            losses_T = token_losses(
-                hidden_BSD.flatten(0, 1), self.head.weight, labels_BS.flatten(), self.head.chunk_size
-            )
-        return losses_T.view(tokens_BS.shape)
-
     def new_caches(self) -> list[KeyValueCache]:
         """Empty caches for one generation."""
         return [KeyValueCache() for _ in self.blocks]
 
     def _hidden(
-        self, tokens_BS: Tensor, caches: list[KeyValueCache] | None = None
+        self, tokens_BS: Tensor, caches: list[KeyValueCache] | None = None, documents_BS: Tensor | None = None
     ) -> tuple[Tensor, tuple[LayerAux, ...]]:
         x_BSD, layers = self.embedding(tokens_BS), []
+        mask_B1SS = document_mask(documents_BS) if documents_BS is not None else None
         for index, block in enumerate(self.blocks):
             if self.recompute and self.training:
-                x_BSD, aux = checkpoint(block, x_BSD, tokens_BS, use_reentrant=False)
+                x_BSD, aux = recomputed(block, x_BSD, tokens_BS, None, documents_BS, mask_B1SS)
             else:
-                x_BSD, aux = block(x_BSD, tokens_BS, caches[index] if caches is not None else None)
+                cache = caches[index] if caches is not None else None
+                x_BSD, aux = block(x_BSD, tokens_BS, cache, documents_BS, mask_B1SS)
             layers.append(aux)
         return self.norm(x_BSD), tuple(layers)

@@ -7,6 +7,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from megamoe.moe.decisions import decided
+
 Drop = Literal["affinity", "position", "random"]
 
 
@@ -33,10 +35,26 @@ def keep_within(
             `random` any, decided by `seed` and the candidate's place. The threshold needs `affinity`.
 
     Returns:
-        bool [A].
+        bool [A], without a gradient; in a recomputed pass that of the first one.
     """
     assert threshold == 1.0 or drop == "affinity", "the threshold is over the candidates of highest affinity"
-    order_A = _rank_order(_priority(affinity_A, drop, seed), expert_ids_A)
+    affinity_A = affinity_A.detach()
+
+    def keep() -> Tensor:
+        return _kept(affinity_A, _priority(affinity_A, drop, seed), expert_ids_A, num_experts, capacity_E, threshold)
+
+    return decided(keep)
+
+
+def _kept(
+    affinity_A: Tensor,
+    priority_A: Tensor | None,
+    expert_ids_A: Tensor,
+    num_experts: int,
+    capacity_E: Tensor | None,
+    threshold: float,
+) -> Tensor:
+    order_A = _rank_order(priority_A, expert_ids_A)
     sorted_experts = expert_ids_A[order_A]
     counts_E = torch.zeros(num_experts, dtype=torch.int64, device=affinity_A.device)
     counts_E.scatter_add_(0, expert_ids_A, torch.ones_like(expert_ids_A))

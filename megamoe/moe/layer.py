@@ -12,8 +12,9 @@ from megamoe.moe.experts import Experts
 from megamoe.moe.ffn import FeedForward
 from megamoe.moe.marker import ExpertParallelMarker
 from megamoe.moe.placement import ExpertParallel
-from megamoe.moe.routers import RouterSize, build_router
+from megamoe.moe.routers import RouterSize, Rows, build_router
 from megamoe.moe.types import LayerAux
+from megamoe.ops.rows import gather_rows, sum_rows
 
 
 class MoELayer(ExpertParallelMarker):
@@ -36,9 +37,9 @@ class MoELayer(ExpertParallelMarker):
     ) -> None:
         super().__init__()
         ops = ops or OpsConfig()
-        size = RouterSize(hidden_size, config.num_experts, config.top_k, vocab_size, ops, number)
+        size = RouterSize(hidden_size, config.num_experts, config.top_k, vocab_size, ops, number, config.broadcast)
         self.router = build_router(config.router, size, config.capacity, ep)
-        self.dispatcher = build_dispatcher(config.dispatcher, ep.group)
+        self.dispatcher = build_dispatcher(config.dispatcher, ep.group, broadcasts=config.broadcast is not None)
         self.experts = Experts(config.num_experts // ep.size, hidden_size, config.expert_ffn_size, ops.expert_ffn)
         self.shared_experts = (
             FeedForward(hidden_size, config.num_shared_experts * config.expert_ffn_size)
@@ -47,18 +48,51 @@ class MoELayer(ExpertParallelMarker):
         )
         self.mark(self.experts, config.num_experts, ep.size, ep.rank)
 
-    def forward(self, x: Tensor, token_ids: Tensor | None = None) -> tuple[Tensor, LayerAux]:
+    def forward(
+        self, x: Tensor, token_ids: Tensor | None = None, documents: Tensor | None = None
+    ) -> tuple[Tensor, LayerAux]:
         """[..., D] to ([..., D], auxiliary losses, observations and metrics). The residual is the caller's.
 
         Args:
             token_ids: int64 [...], vocabulary entries of the rows, for routers that look at them.
+            documents: int64 [B, S], number of each row's document in its sequence, negative: padding; None: each
+                sequence (the last but one dim) is one document.
         """
-        rows_TD = x.reshape(-1, x.shape[-1])
-        plan = self.router(rows_TD, None if token_ids is None else token_ids.reshape(-1))
+        rows_TD, ids_T, sequences_T = x.reshape(-1, x.shape[-1]), None, sequences(x, documents)
+        num_rows, real = rows_TD.shape[0], None
+        if token_ids is not None:
+            ids_T = token_ids.reshape(-1)
+        if documents is not None and sequences_T is not None:
+            # Padding goes to no expert: it would take room there, and count in balance and statistics.
+            real = (sequences_T >= 0).nonzero().squeeze(-1)
+            rows_TD = gather_rows(rows_TD, real)
+            sequences_T = torch.unique_consecutive(sequences_T[real], return_inverse=True)[1]
+            ids_T = ids_T[real] if ids_T is not None else None
+        plan = self.router(rows_TD, Rows(ids_T, sequences_T, num_rows))
         rows_RD, rows_per_expert_L, handle = self.dispatcher.dispatch(rows_TD, plan)
         out_RD = self.experts(rows_RD, handle.weights_R, rows_per_expert_L)
-        out = self.dispatcher.combine(out_RD, handle).view(x.shape)
+        out_TD = self.dispatcher.combine(out_RD, handle)
+        if real is not None:
+            out_TD = sum_rows(out_TD, real, num_rows)
+        out = out_TD.view(x.shape)
         if self.shared_experts is not None:
             out = out + self.shared_experts(x)
         sent = torch.full((), float(handle.sent_bytes), device=x.device)
         return out, LayerAux(plan.losses, plan.observations, plan.metrics | {"sent_bytes": (sent, "sum")})
+
+
+def sequences(x: Tensor, documents: Tensor | None) -> Tensor | None:
+    """Number of each row's document in [0, T), int64 [T]; negative: padding. None where all rows are one.
+
+    Args:
+        x: [..., S, D].
+        documents: int64 [..., S] as in :class:`megamoe.data.batch.Batch`.
+    """
+    if x.dim() < 3:
+        return None
+    length = x.shape[-2]
+    first_T = torch.arange(x.numel() // x.shape[-1], device=x.device) // length * length
+    if documents is None:
+        return first_T
+    documents_T = documents.reshape(-1)
+    return torch.where(documents_T < 0, documents_T, first_T + documents_T)

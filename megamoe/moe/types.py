@@ -10,10 +10,19 @@ Reduction = Literal["mean", "max", "sum"]
 """How a metric is combined over micro-batches and ranks."""
 
 
+class BroadcastRows(NamedTuple):
+    """Rows that go to many experts at once, and so travel to a rank once and not to each of its experts."""
+
+    token_ids_U: Tensor
+    """int64 [U]: row of this rank, ascending."""
+    weights_UE: Tensor
+    """fp32 [U, E]: gate weights, differentiable; an expert with exactly 0 does not take the row."""
+
+
 class RoutingPlan(NamedTuple):
     """Which rows go to which experts, with which weight. Made by a router, which changes nothing else.
 
-    Ragged: plain top-k has A = T * K assignments, a bounded capacity drops some, broadcasting adds some.
+    Ragged: plain top-k has A = T * K assignments, a bounded capacity drops some. Broadcast rows have none of them.
     The order is contract: by expert, then by token.
     """
 
@@ -35,6 +44,8 @@ class RoutingPlan(NamedTuple):
     """Values to report, each with its reduction."""
     capacity: int | None = None
     """At most so many rows of each expert, the same on all ranks of the expert-parallel group; None: not known."""
+    broadcast: BroadcastRows | None = None
+    """Rows besides the assignments, which go to many experts; None (on all ranks alike): there are never any."""
 
 
 class LayerAux(NamedTuple):

@@ -82,7 +82,9 @@ class _BlockedFFN(torch.autograd.Function):
         d_rows, d_weights = torch.empty_like(rows_RD), torch.empty_like(weights_R)
         d_rows[sum(ctx.splits) :] = 0
         d_weights[sum(ctx.splits) :] = 0
-        d_w1, d_w2, d_w3 = recycled_like(w1), recycled_like(w2), recycled_like(w3)
+        # All three or none: to freeze one of an expert's matrices alone is rare.
+        wanted = any(ctx.needs_input_grad[2:5])
+        d_w1, d_w2, d_w3 = (recycled_like(w) if wanted else w.new_empty(len(w), 0) for w in (w1, w2, w3))
         rowwise = (grads[0], rows_RD, weights_R[:, None], h1_RF, h3_RF, d_rows, d_weights)
         stacked = (w1, w2, w3, d_w1, d_w2, d_w3)
         for parts in _per_expert(ctx.splits, rowwise, stacked):
@@ -92,14 +94,17 @@ class _BlockedFFN(torch.autograd.Function):
             d_act = torch.mm(grad, w2_e)
             # Not einsum: a dot product per row becomes a batch of 1 x 1 matrix products, ten times as slow.
             torch.sum(act * d_act, dim=-1, out=d_weight)
-            torch.mm(grad.t(), act.mul_(weight), out=d_w2_e)
+            act.mul_(weight)
+            if wanted:
+                torch.mm(grad.t(), act, out=d_w2_e)
             d_h3 = gate.mul_(d_act.mul_(weight))
-            torch.mm(d_h3.t(), x, out=d_w3_e)
             torch.mm(d_h3, w3_e, out=d_x)
             d_h1 = torch.ops.aten.silu_backward(d_act.mul_(h3), h1)
-            torch.mm(d_h1.t(), x, out=d_w1_e)
             d_x.addmm_(d_h1, w1_e)
-        return d_rows, d_weights, d_w1, d_w2, d_w3, None
+            if wanted:
+                torch.mm(d_h3.t(), x, out=d_w3_e)
+                torch.mm(d_h1.t(), x, out=d_w1_e)
+        return d_rows, d_weights, *((d_w1, d_w2, d_w3) if wanted else (None, None, None)), None
 
 
 def _per_expert(

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -18,23 +19,25 @@ from torch import Tensor
 from megamoe.common.determinism import stream_seed
 from megamoe.config import derive
 from megamoe.config.run import RunConfig
+from megamoe.data.batch import Batch
 from megamoe.data.loader import BatchLoader
 from megamoe.data.manifest import check_prepared
 from megamoe.model.decoder import Decoder
+from megamoe.model.initialise import initialise
 from megamoe.moe.routers.base import Router
 from megamoe.moe.types import RoutingPlan
 from megamoe.parallel import collectives
 from megamoe.parallel.groups import Groups, build_groups
 from megamoe.testing.tolerance import max_rel_error
-from megamoe.training.loop import update_statistics
+from megamoe.training.job import build_engine
 from megamoe.training.metrics import Accumulator
-from megamoe.training.pretrain import build_engine
 from megamoe.training.schedule import lr_factor
 from megamoe.training.setup import Runtime, topology_of
+from megamoe.training.step import update_statistics
 
 Place = tuple[int, int, str]
 """(step, global micro-batch, router): where a routing decision was made."""
-Batches = Callable[[RunConfig, int, int], tuple[Tensor, Tensor]]
+Batches = Callable[[RunConfig, int, int], Batch]
 
 
 @dataclass
@@ -68,21 +71,21 @@ EXACT = Tolerance(loss=1e-13, norm=1e-13, gradient=1e-13, weight=1e-13)
 """For two runs with `training.precision: fp64`, over some ten steps of a small model (3e-15 where measured)."""
 
 
-def random_tokens(config: RunConfig, step: int, micro_batch: int) -> tuple[Tensor, Tensor]:
+def random_tokens(config: RunConfig, step: int, micro_batch: int) -> Batch:
     """Tokens and labels [B, S] that depend on the seed, the step and the global micro-batch only."""
     generator = torch.Generator().manual_seed(stream_seed(config.training.seed, "parity", step, micro_batch))
     shape = (config.training.micro_batch_size, config.data.seq_length + 1)
     samples = torch.randint(0, derive.vocab_size(config), shape, generator=generator)
-    return samples[:, :-1], samples[:, 1:]
+    return Batch(samples[:, :-1], samples[:, 1:])
 
 
 def prepared_samples(config: RunConfig) -> Batches:
     """The samples of the run's own prepared data, for `train_steps`."""
     loader = BatchLoader(config.data, check_prepared(config.data), "train", config.training.seed)
 
-    def batches(config: RunConfig, step: int, micro_batch: int) -> tuple[Tensor, Tensor]:
+    def batches(config: RunConfig, step: int, micro_batch: int) -> Batch:
         consumed = step * config.training.global_batch_size
-        return loader.rank_batch(consumed, micro_batch, 0, 1, config.training.micro_batch_size)
+        return loader.rank_batch(consumed, micro_batch, 0, 1, config.training.micro_batch_size, 1)
 
     return batches
 
@@ -102,7 +105,8 @@ def train_steps(
     world_size = collectives.world_size()
     groups = build_groups(topology_of(config.parallel, world_size))
     runtime = Runtime(collectives.rank(), world_size, torch.device("cpu"), groups)
-    engine = build_engine(config, runtime, derive.vocab_size(config))
+    fill = partial(initialise, config=config.model, seed=config.training.seed)
+    engine = build_engine(config, runtime, derive.vocab_size(config), fill)
     before(engine.model)
     run, micro_steps = ParityRun(), derive.accumulation_steps(config, world_size)
     for step in range(steps):
@@ -110,8 +114,8 @@ def train_steps(
         for micro_step in range(micro_steps):
             micro_batch = micro_step * groups.dp.size + groups.dp.place
             with _recording(engine.model, run, step, micro_batch):
-                inputs = batches(config, step, micro_batch)
-                accumulator.add(engine.micro_step(*inputs, last=micro_step == micro_steps - 1))
+                batch = batches(config, step, micro_batch)
+                accumulator.add(engine.micro_step(batch, last=micro_step == micro_steps - 1))
         if step == 0:
             run.gradients = _global(engine.full_gradients(), groups)
         factor = lr_factor(config.training.schedule, step + 1, config.training.steps)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from megamoe.common.errors import ConfigError
 from megamoe.config.deepspeed import deepspeed_config
 from megamoe.config.run import RunConfig
+from megamoe.data.batch import Batch
 from megamoe.model.decoder import Decoder, ModelOutput
 from megamoe.moe.marker import group_name, is_expert
 from megamoe.parallel.groups import Groups
@@ -51,14 +52,16 @@ class Engine:
         self._clipped_norm: Tensor | None = None
         if config.parallel.zero_stage == 0:
             self.optimizer.register_step_pre_hook(self._clip)
-        self._engine, *_ = deepspeed.initialize(
-            model=model,
-            optimizer=self.optimizer,
-            config=deepspeed_config(config, groups.topology.world_size),
-            dist_init_required=False,
-        )
+        with _no_expert_group_asked_of_zero(model):
+            self._engine, *_ = deepspeed.initialize(
+                model=model,
+                optimizer=self.optimizer,
+                config=deepspeed_config(config, groups.topology.world_size),
+                dist_init_required=False,
+            )
         if config.training.precision == "fp64":
             _reduce_in_fp64(self._engine)
+        _norm_of_experts_alone(self._engine.optimizer)
         # The engine writes curves of its own over samples; Weights & Biases then refuses ours, which are over steps.
         self._monitor, self._engine.monitor = self._engine.monitor, SimpleNamespace(enabled=False)
         self._check_moe_seen(model)
@@ -69,14 +72,14 @@ class Engine:
         module: Decoder = self._engine.module
         return module
 
-    def micro_step(self, tokens_BS: Tensor, labels_BS: Tensor, *, last: bool) -> ModelOutput:
+    def micro_step(self, batch: Batch, *, last: bool) -> ModelOutput:
         """Forward and backward pass of one micro-batch; gradients are averaged over micro-batches and ranks.
 
         Args:
             last: whether it is the last of its optimizer step; the gradients are then reduced.
         """
         self._engine.set_gradient_accumulation_boundary(last)
-        output: ModelOutput = self._engine(tokens_BS, labels_BS)
+        output: ModelOutput = self._engine(*batch)
         self._engine.backward(output.loss)
         return output
 
@@ -100,9 +103,9 @@ class Engine:
         finally:
             self._engine.train()
 
-    def evaluate(self, tokens_BS: Tensor, labels_BS: Tensor) -> ModelOutput:
-        """Forward pass only, inside `evaluating`."""
-        output: ModelOutput = self._engine(tokens_BS, labels_BS)
+    def evaluate(self, batch: Batch, *, each: bool = False) -> ModelOutput:
+        """Forward pass only, inside `evaluating`; `each`: score every label by itself."""
+        output: ModelOutput = self._engine(*batch, each=each)
         return output
 
     def write_events(self, events: list[tuple[str, float, int]]) -> None:
@@ -121,14 +124,28 @@ class Engine:
         for name, parameter in self.model.named_parameters():
             if self.config.parallel.zero_stage == 0:
                 yield name, parameter.detach()
-            else:
+            elif parameter.requires_grad:
                 yield name, safe_get_full_fp32_param(parameter)
+            else:
+                yield name, self._frozen_weight(parameter)
+
+    def _frozen_weight(self, parameter: nn.Parameter) -> Tensor:
+        """A frozen parameter has no fp32 master, so DeepSpeed's functions do not find it."""
+        import deepspeed
+
+        if self.config.parallel.zero_stage < 3:
+            return parameter.detach().float()
+        with deepspeed.zero.GatheredParameters([parameter]):
+            return parameter.detach().float().clone()
 
     def full_gradients(self) -> Iterator[tuple[str, Tensor]]:
-        """Every parameter's averaged gradient between the last `micro_step` and `optimizer_step`, as `full_weights`."""
+        """The averaged gradient of every parameter that is trained, between the last `micro_step` and
+        `optimizer_step`, as `full_weights`."""
         from deepspeed.utils import safe_get_full_grad
 
         for name, parameter in self.model.named_parameters():
+            if not parameter.requires_grad:
+                continue
             if self.config.parallel.zero_stage == 0:
                 assert parameter.grad is not None
                 yield name, parameter.grad
@@ -141,7 +158,7 @@ class Engine:
         Raises:
             OSError, RuntimeError: this rank could not write. Raised after the last collective, so no other one waits.
         """
-        with _failing_at_the_end(self._engine):
+        with _failing_at_the_end(self._engine), self._frozen_parts():
             self._engine.save_checkpoint(str(folder), tag=tag, save_latest=False)
 
     def load(self, folder: Path, tag: str) -> None:
@@ -150,9 +167,25 @@ class Engine:
         Raises:
             FileNotFoundError: DeepSpeed found no checkpoint there.
         """
-        path, _ = self._engine.load_checkpoint(str(folder), tag=tag, load_lr_scheduler_states=False)
+        with self._frozen_parts():
+            path, _ = self._engine.load_checkpoint(str(folder), tag=tag, load_lr_scheduler_states=False)
         if path is None:
             raise FileNotFoundError(f"DeepSpeed finds no checkpoint {tag} in {folder}")
+
+    @contextlib.contextmanager
+    def _frozen_parts(self) -> Iterator[None]:
+        """Let DeepSpeed's checkpoints hold frozen parameters of every rank, while it writes or reads one."""
+        stage = self.config.parallel.zero_stage
+        values: dict[str, Any] = {}
+        if stage == 2:
+            # Frozen parameters are among the weights already. Rank 0 would write its own a second time, and all ranks
+            # read these last: every rank would go on with the experts of rank 0.
+            values["_get_zero_frozen_param_attributes"] = lambda attribute: None
+        if stage == 3 and any(is_expert(p) and not p.requires_grad for p in self.model.parameters()):
+            # The format for MoE layers refuses frozen experts; the ordinary one keeps every rank's part of them.
+            values["has_moe_layers"] = False
+        with _attributes(self._engine, values):
+            yield
 
     def close(self) -> None:
         """Release what DeepSpeed holds."""
@@ -201,8 +234,44 @@ def _failing_at_the_end(engine: Any) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def _no_expert_group_asked_of_zero(model: nn.Module) -> Iterator[None]:
+    """Let ZeRO-1 and -2 start where no expert is trained: for MoE layers they insist on a group of expert parameters.
+
+    The engine itself goes on to know the layers; otherwise it would save the experts of rank 0 only.
+    """
+    from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+
+    def without_experts(optimizer: Any) -> None:
+        optimizer.has_moe_layers = False
+
+    none_trained = not any(is_expert(p) and p.requires_grad for p in model.parameters())
+    values = {"_configure_moe_settings": without_experts} if none_trained else {}
+    with _attributes(BF16_Optimizer, values), _attributes(DeepSpeedZeroOptimizer, values):
+        yield
+
+
+def _norm_of_experts_alone(optimizer: Any) -> None:
+    """The optimizer of bf16 at ZeRO-1 fails to add up the norm of an empty list where only experts are trained."""
+    from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+
+    if not isinstance(optimizer, BF16_Optimizer):
+        return
+    original = optimizer.get_grads_for_norm
+
+    def with_a_zero(for_clipping: bool = False) -> Any:
+        gradients = original(for_clipping)
+        if for_clipping or gradients[0]:
+            return gradients
+        return [torch.zeros(1, device=optimizer.fp32_groups_gradients_flat[0].device)], gradients[1]
+
+    optimizer.get_grads_for_norm = with_a_zero
+
+
+@contextlib.contextmanager
 def _attributes(target: Any, values: dict[str, Any]) -> Iterator[None]:
-    """Lay `values` over an object's methods for the duration."""
+    """Lay `values` over the attributes of an object or class for the duration."""
+    own = {name: vars(target)[name] for name in values if name in vars(target)}
     for name, value in values.items():
         setattr(target, name, value)
     try:
@@ -210,6 +279,8 @@ def _attributes(target: Any, values: dict[str, Any]) -> Iterator[None]:
     finally:
         for name in values:
             delattr(target, name)
+        for name, value in own.items():
+            setattr(target, name, value)
 
 
 def check_version(installed: str) -> None:

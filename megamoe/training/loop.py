@@ -7,21 +7,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import Tensor
-
 from megamoe.common.log import get_logger
-from megamoe.config import derive
 from megamoe.config.run import RunConfig
-from megamoe.data.loader import BatchLoader
-from megamoe.moe.layer import MoELayer
+from megamoe.data.batch import Batch
 from megamoe.training.engine import Engine
 from megamoe.training.interrupt import Interrupt
-from megamoe.training.metrics import Accumulator, StepMetrics
+from megamoe.training.metrics import StepMetrics
 from megamoe.training.progress import ProgressLine
 from megamoe.training.run_folder import MetricsFile
 from megamoe.training.schedule import lr_factor
 from megamoe.training.setup import Runtime
 from megamoe.training.state import TrainState
+from megamoe.training.step import Loader, rank_batches, train_step
 
 log = get_logger("megamoe.loop")
 
@@ -31,6 +28,8 @@ class Loop:
     """Everything one run needs, and where it stands.
 
     Attributes:
+        data: what is learnt.
+        validate: measures on what is held out: `validation_loss` and whatever else; collective.
         save: writes a checkpoint of a state and returns its folder; collective.
         metrics: where rank 0 writes; None on the others.
     """
@@ -38,8 +37,8 @@ class Loop:
     config: RunConfig
     runtime: Runtime
     engine: Engine
-    train_data: BatchLoader
-    validation_data: BatchLoader
+    data: Loader
+    validate: Callable[[Engine], dict[str, float]]
     save: Callable[[TrainState], Path]
     interrupt: Interrupt
     metrics: MetricsFile | None
@@ -71,15 +70,9 @@ class Loop:
     def _step(self, progress: ProgressLine, last: int, started: float, first: int) -> StepMetrics:
         """One optimizer step and its report."""
         training, began = self.config.training, time.perf_counter()
-        accumulator = Accumulator()
-        micro_steps = derive.accumulation_steps(self.config, self.runtime.world_size)
-        for micro_step in range(micro_steps):
-            tokens_BS, labels_BS = self._batch(self.train_data, self.state.consumed_samples, micro_step)
-            accumulator.add(self.engine.micro_step(tokens_BS, labels_BS, last=micro_step == micro_steps - 1))
+        batches = self._batches()
         factor = lr_factor(training.schedule, self.state.step + 1, training.steps)
-        grad_norm = self.engine.optimizer_step(factor)
-        result = accumulator.reduce(self.runtime.groups.dp.handle, self.interrupt.requested)
-        update_statistics(self.engine, result)
+        result, grad_norm = train_step(self.engine, batches, factor, self.interrupt.requested)
         samples = training.global_batch_size
         self.state = self.state.advanced(samples, samples * self.config.data.seq_length)
         seconds = time.perf_counter() - began
@@ -88,28 +81,18 @@ class Loop:
             self._report(progress, result, factor, grad_norm, seconds, remaining)
         return result
 
-    def _batch(self, data: BatchLoader, consumed: int, micro_step: int) -> tuple[Tensor, Tensor]:
-        dp = self.runtime.groups.dp
-        tokens_BS, labels_BS = data.rank_batch(
-            consumed, micro_step, dp.place, dp.size, self.config.training.micro_batch_size
-        )
-        return tokens_BS.to(self.runtime.device), labels_BS.to(self.runtime.device)
+    def _batches(self) -> list[Batch]:
+        """This rank's micro-batches of the next optimizer step."""
+        return rank_batches(self.data, self.config, self.runtime, self.state.consumed_samples)
 
     def _validate(self, progress: ProgressLine) -> None:
-        """Mean loss over the first batches of the validation split; the same ones every time."""
-        validation, training = self.config.training.validation, self.config.training
-        if validation.batches == 0:
+        """Measure on held-out data; the same every time."""
+        if self.config.training.validation.batches == 0:
             return
-        accumulator = Accumulator()
-        micro_steps = derive.accumulation_steps(self.config, self.runtime.world_size)
-        with self.engine.evaluating():
-            for batch in range(validation.batches):
-                for micro_step in range(micro_steps):
-                    inputs = self._batch(self.validation_data, batch * training.global_batch_size, micro_step)
-                    accumulator.add(self.engine.evaluate(*inputs))
-        loss = float(accumulator.reduce(self.runtime.groups.dp.handle).values["cross_entropy"])
-        self._write({"validation_loss": loss})
-        progress.note(f"step {self.state.step}: validation loss {loss:.4f}")
+        values = self.validate(self.engine)
+        self._write(dict(values))
+        shown = (f"{name.replace('_', ' ')} {value:.4f}" for name, value in values.items() if "." not in name)
+        progress.note(f"step {self.state.step}: {', '.join(shown)}")
 
     def _report(
         self,
@@ -155,10 +138,3 @@ class Loop:
             self.metrics.write(where | values)
         scalars = [(f"Train/{n}", v, self.state.step) for n, v in values.items() if isinstance(v, float)]
         self.engine.write_events(scalars)
-
-
-def update_statistics(engine: Engine, result: StepMetrics) -> None:
-    """Move every router's running statistics by one optimizer step, equally on all ranks."""
-    for index, block in enumerate(engine.model.blocks):
-        if isinstance(block.ffn, MoELayer) and index in result.observations:
-            block.ffn.router.update(result.observations[index])

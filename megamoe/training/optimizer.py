@@ -17,14 +17,14 @@ PEAK = "peak_lr"
 
 
 def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
-    """Groups by {AdamW, Muon} x {decay, no decay} x {dense, experts}; there are no empty ones.
+    """Groups by {AdamW, Muon} x {decay, no decay} x {dense, experts} of what is trained; there are no empty ones.
 
     Matrices decay; norms, scales and other vectors do not. With Muon, the matrices of attention, feed-forward and
     experts are orthogonalised; embedding, head, routers and vectors stay with AdamW (as Muon's author advises).
     """
     not_muon = {id(p) for m in model.modules() if isinstance(m, nn.Embedding | Head | Router) for p in m.parameters()}
     groups: dict[tuple[bool, bool, bool], dict[str, Any]] = {}
-    for parameter in model.parameters():
+    for parameter in (p for p in model.parameters() if p.requires_grad):
         decay, expert = parameter.dim() > 1, is_expert(parameter)
         use_muon = config.type == "muon" and decay and id(parameter) not in not_muon
         group = groups.setdefault(

@@ -132,7 +132,14 @@ ROUTERS: dict[str, RouterConfig] = {
     "grap_learned": ResonanceRouterConfig(threshold=0.9),
 }
 MODES: tuple[Literal["dropless", "static"], ...] = ("dropless", "static")
-TOKENS = {"even": (24, 24, 24, 24), "a rank without tokens": (24, 0, 24, 7), "one expert": (24, 24, 24, 24)}
+TOKENS = {
+    "even": (24, 24, 24, 24),
+    "a rank without tokens": (24, 0, 24, 7),
+    "one expert": (24, 24, 24, 24),
+    "padding": (24, 24, 24, 24),
+}
+REAL = (24, 0, 17, 7)
+"""Of the rows in the case `padding`."""
 
 
 class Result(NamedTuple):
@@ -170,7 +177,13 @@ def run_layer(config: MoEConfig, case: str, ep: RankGroup) -> Result:
     seen: list[Tensor] = []
     layer.experts.register_forward_hook(lambda module, args, out: seen.append(args[2]))
     x_TD = layer_input(case, rank)
-    out_TD, aux = layer(x_TD)
+    if case == "padding":
+        documents_BS = torch.full((1, len(x_TD)), -1)
+        documents_BS[:, : REAL[rank]] = 0
+        out_BSD, aux = layer(x_TD[None], documents=documents_BS)
+        out_TD = out_BSD[0]
+    else:
+        out_TD, aux = layer(x_TD)
     probe = drawn(*out_TD.shape, seed=300 + rank)
     loss = sum(aux.losses.values(), (out_TD * probe).sum())
     targets = {"x": x_TD, **dict(layer.named_parameters())}

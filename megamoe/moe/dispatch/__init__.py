@@ -6,15 +6,24 @@ import torch.distributed as dist
 
 from megamoe.moe.dispatch.all_to_all import AllToAllDispatcher
 from megamoe.moe.dispatch.base import Dispatcher
+from megamoe.moe.dispatch.broadcast import BroadcastDispatcher
 from megamoe.moe.dispatch.local import LocalDispatcher
 from megamoe.moe.dispatch.padded import PaddedDispatcher
 
 
-def build_dispatcher(name: str, group: dist.ProcessGroup | None) -> Dispatcher:
+def build_dispatcher(name: str, group: dist.ProcessGroup | None, *, broadcasts: bool = False) -> Dispatcher:
     """The dispatcher called `name` (`moe.dispatcher`) over an expert-parallel group; None is a group of this rank.
 
     `auto` takes padded where the group has more than one rank, which is all_to_all for plans without a capacity.
+
+    Args:
+        broadcasts: whether plans may have rows to broadcast.
     """
+    inner = _build(name, group)
+    return BroadcastDispatcher(inner, group) if broadcasts else inner
+
+
+def _build(name: str, group: dist.ProcessGroup | None) -> Dispatcher:
     spread = group is not None and dist.get_world_size(group) > 1
     if name == "local" or (name == "auto" and not spread):
         return LocalDispatcher()

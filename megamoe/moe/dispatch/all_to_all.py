@@ -51,7 +51,7 @@ class AllToAllDispatcher(Dispatcher):
     def combine(self, rows_RD: Tensor, handle: DispatchHandle) -> Tensor:
         exchange: _Exchange = handle.state
         arrival_RD = sum_rows(rows_RD, exchange.expert_order_R, rows_RD.shape[0])
-        home_AD = _AllToAll.apply(arrival_RD, exchange.receive_splits, exchange.send_splits, self.group)
+        home_AD = AllToAll.apply(arrival_RD, exchange.receive_splits, exchange.send_splits, self.group)
         return sum_rows(home_AD, handle.plan.token_ids_A, handle.num_rows)
 
     def _sent_bytes(self, exchange: _Exchange, rows_TD: Tensor, plan: RoutingPlan) -> int:
@@ -79,7 +79,7 @@ def expert_order(received_PL: Tensor) -> Tensor:
     return torch.sort(expert_of_R, stable=True).indices
 
 
-class _AllToAll(torch.autograd.Function):
+class AllToAll(torch.autograd.Function):
     """all_to_all_single along dim 0 with uneven splits; its backward pass is the same with the splits exchanged."""
 
     @staticmethod
@@ -94,7 +94,7 @@ class _AllToAll(torch.autograd.Function):
 
 
 class _ExchangeTogether(torch.autograd.Function):
-    """:class:`_AllToAll` of rows [A, D] and one fp32 value beside each [A], as one message.
+    """:class:`AllToAll` of rows [A, D] and one fp32 value beside each [A], as one message.
 
     A message costs a meeting of all ranks however small it is, so the values travel as bits in further columns.
     """

@@ -14,14 +14,14 @@ from megamoe.config.routers import (
 )
 from megamoe.moe.placement import ALONE, ExpertParallel
 from megamoe.moe.routers.balanced import BalancedRouter
-from megamoe.moe.routers.base import Router, RouterSize
+from megamoe.moe.routers.base import Router, RouterSize, Rows
 from megamoe.moe.routers.expert_choice import ExpertChoiceRouter
 from megamoe.moe.routers.hash import HashRouter
 from megamoe.moe.routers.resonance import ResonanceRouter
 from megamoe.moe.routers.sinkhorn import SinkhornRouter
 from megamoe.moe.routers.topk import TopKRouter
 
-__all__ = ["Router", "RouterSize", "build_router"]
+__all__ = ["Router", "RouterSize", "Rows", "build_router"]
 
 ROUTERS: dict[type, type] = {
     TopKRouterConfig: TopKRouter,

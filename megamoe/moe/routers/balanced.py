@@ -8,7 +8,7 @@ from torch import Tensor
 from megamoe.config.moe import CapacityConfig
 from megamoe.config.routers import BalancedRouterConfig
 from megamoe.moe.placement import ALONE, ExpertParallel
-from megamoe.moe.routers.base import RouterSize
+from megamoe.moe.routers.base import NOTHING, RouterSize, Rows
 from megamoe.moe.routers.fixed import FixedRouter
 from megamoe.moe.types import RoutingPlan
 
@@ -24,6 +24,6 @@ class BalancedRouter(FixedRouter):
     ) -> None:
         super().__init__(size, capacity, ep)
 
-    def forward(self, rows_TD: Tensor, token_ids_T: Tensor | None = None) -> RoutingPlan:
+    def forward(self, rows_TD: Tensor, about: Rows = NOTHING) -> RoutingPlan:
         turns_A = torch.arange(len(rows_TD) * self.top_k, device=rows_TD.device)
         return self.fixed_plan(rows_TD, turns_A.view(-1, self.top_k) % self.num_experts)

@@ -8,15 +8,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from megamoe.config.moe import CapacityConfig
+from megamoe.config.moe import BroadcastConfig, CapacityConfig
 from megamoe.config.ops import OpsConfig
 from megamoe.config.routers import AuxiliaryLosses
 from megamoe.moe import losses, stats
 from megamoe.moe.bounds import Limits, build_bound
+from megamoe.moe.broadcast import Broadcast, Decision
 from megamoe.moe.capacity import keep_within
 from megamoe.moe.placement import ALONE, ExpertParallel
 from megamoe.moe.stats import Metrics
-from megamoe.moe.types import RoutingPlan
+from megamoe.moe.types import BroadcastRows, RoutingPlan
+from megamoe.ops.row_softmax import row_softmax
 
 
 class RouterSize(NamedTuple):
@@ -31,6 +33,22 @@ class RouterSize(NamedTuple):
     """Which implementations to compute with."""
     layer: int = 0
     """Number of the block, so that random drops differ between blocks."""
+    broadcast: BroadcastConfig | None = None
+    """Whether uncertain tokens go to all experts in training."""
+
+
+class Rows(NamedTuple):
+    """What a router may know about its rows besides their features."""
+
+    token_ids_T: Tensor | None = None
+    """int64 [T]: vocabulary entries."""
+    sequences_T: Tensor | None = None
+    """int64 [T]: number of each row's sequence; negative: padding. None: all rows are one sequence."""
+    size: int | None = None
+    """Rows of the micro-batch with its padding, equal on all ranks: what a capacity is a share of. None: T."""
+
+
+NOTHING = Rows()
 
 
 class Choice(NamedTuple):
@@ -42,17 +60,24 @@ class Choice(NamedTuple):
     """fp32 [T, K]: gate weights, differentiable."""
     affinity_TK: Tensor
     """fp32 [T, K]: what an expert over capacity compares."""
-    token_ids_T: Tensor | None = None
-    """int64 [T]: vocabulary entries; random drops follow from them, so that they differ from batch to batch."""
 
 
 class Outcome(NamedTuple):
-    """What a router computed besides the choice; goes into the plan as it is."""
+    """What a router computed besides the choice."""
 
     logits_TE: Tensor
+    probs_TE: Tensor | None
+    """[T, E]: each token's distribution over all experts, differentiable; None for a router without scores."""
     losses: dict[str, Tensor]
     observations: dict[str, Tensor]
     metrics: Metrics
+
+
+class Broadcasting(NamedTuple):
+    """What is broadcast of a micro-batch."""
+
+    decision: Decision
+    rows: BroadcastRows
 
 
 class Router(nn.Module, ABC):
@@ -62,6 +87,9 @@ class Router(nn.Module, ABC):
     observations over micro-batches and ranks and calls `update` once per optimizer step, so recomputation and
     evaluation cannot move them.
 
+    With `broadcast`, uncertain tokens are taken out of their choice before the experts have a say: they use no
+    capacity, are never dropped and do not change what an expert keeps of the others.
+
     Expert choice (capacity, threshold) looks across the batch and at later positions, so it is neither causal nor
     independent of the batch; it therefore shapes training only, and evaluation is dropless.
 
@@ -69,12 +97,18 @@ class Router(nn.Module, ABC):
         size: the model around it.
         capacity: how many tokens an expert may keep.
         ep: where the experts are; for what a router knows about nodes and for choices across ranks.
+
+    Attributes:
+        frozen: running statistics of the scores do not move, as the parameters do not; a capacity's estimate does.
     """
+
+    frozen: bool = False
 
     def __init__(self, size: RouterSize, capacity: CapacityConfig, ep: ExpertParallel = ALONE) -> None:
         super().__init__()
         self.hidden_size, self.num_experts, self.top_k = size.hidden_size, size.num_experts, size.top_k
         self.capacity, self.ep, self.layer = capacity, ep, size.layer
+        self.broadcast = Broadcast(size.broadcast, size.num_experts, size.layer) if size.broadcast is not None else None
         self.bound = build_bound(capacity, size.num_experts, size.top_k, size.hidden_size)
         on_node = ep.on_node(size.num_experts)
         self.all_on_node = all(on_node)
@@ -83,8 +117,12 @@ class Router(nn.Module, ABC):
     on_node_E: Tensor
 
     @abstractmethod
-    def forward(self, rows_TD: Tensor, token_ids_T: Tensor | None = None) -> RoutingPlan:
-        """The plan of T rows; `token_ids_T` int64 are their vocabulary entries, for routers that want them."""
+    def forward(self, rows_TD: Tensor, about: Rows = NOTHING) -> RoutingPlan:
+        """The plan of T rows."""
+
+    def probabilities(self, logits_TE: Tensor) -> Tensor:
+        """Each token's distribution over all experts, fp32 [T, E], from the plan's logits."""
+        return row_softmax(logits_TE)
 
     def update(self, observations: dict[str, Tensor]) -> None:
         """Move the running statistics by one optimizer step.
@@ -105,7 +143,7 @@ class Router(nn.Module, ABC):
             return None
         return self.bound.limits(num_tokens, self.on_node_E.device)
 
-    def make_plan(self, choice: Choice, outcome: Outcome, threshold: float = 1.0) -> RoutingPlan:
+    def make_plan(self, choice: Choice, outcome: Outcome, about: Rows, threshold: float = 1.0) -> RoutingPlan:
         """The plan of the tokens' choices after expert choice.
 
         Args:
@@ -114,28 +152,53 @@ class Router(nn.Module, ABC):
         num_tokens, top_k = choice.expert_ids_TK.shape
         experts_A, weights_A = choice.expert_ids_TK.reshape(-1), choice.weights_TK.reshape(-1)
         tokens_A = torch.arange(num_tokens * top_k, device=experts_A.device) // top_k
-        limits, threshold = self.limits(num_tokens), threshold if self.training else 1.0
+        limits, threshold = self.limits(about.size or num_tokens), threshold if self.training else 1.0
+        decision, kept_A = self.decide(outcome, about), None
+        if decision is not None:
+            # Their choices go to expert number E, which there is not.
+            nobody_TK = choice.expert_ids_TK.masked_fill(decision.chosen_T[:, None], self.num_experts)
+            choice, kept_A = choice._replace(expert_ids_TK=nobody_TK), nobody_TK.reshape(-1) < self.num_experts
         if limits is not None or threshold < 1.0:
+            kept = self.keep(choice, limits, threshold, about)
+            kept_A = kept if kept_A is None else kept & kept_A
+        if kept_A is not None:
             # On a GPU the one place where the host waits, for their number.
-            kept = self.keep(choice, limits, threshold).nonzero().squeeze(-1)
+            kept = kept_A.nonzero().squeeze(-1)
             experts_A, weights_A, tokens_A = experts_A[kept], weights_A[kept], tokens_A[kept]
-        return self.assemble(tokens_A, experts_A, weights_A, outcome, num_tokens, limits)
+        broadcast = self.broadcast_rows(decision, outcome, choice.weights_TK)
+        return self.assemble(tokens_A, experts_A, weights_A, outcome, num_tokens, limits, broadcast)
 
-    def keep(self, choice: Choice, limits: Limits | None, threshold: float) -> Tensor:
-        """Which choices the experts keep: bool [T * K]."""
+    def keep(self, choice: Choice, limits: Limits | None, threshold: float, about: Rows) -> Tensor:
+        """Which choices the experts keep: bool [T * K]. Choices of expert number E are nobody's and take no room."""
+        capacity_E = None
+        if limits is not None:
+            capacity_E = torch.cat([limits.per_expert_E, limits.per_expert_E.new_zeros(1)])
         return keep_within(
             choice.affinity_TK.detach().reshape(-1),
             choice.expert_ids_TK.reshape(-1),
-            self.num_experts,
-            capacity_E=limits.per_expert_E if limits is not None else None,
+            self.num_experts + 1,
+            capacity_E=capacity_E,
             threshold=threshold,
             drop=self.capacity.drop,
-            seed=self._seed(choice.token_ids_T) if self.capacity.drop == "random" else 0,
+            seed=self.seed(about) if self.capacity.drop == "random" else 0,
         )
 
-    def _seed(self, token_ids_T: Tensor | None) -> Tensor | int:
+    def seed(self, about: Rows) -> Tensor | int:
         """Of this micro-batch in this block: from its tokens, so the same on every layout and when recomputed."""
-        return self.layer + 1 if token_ids_T is None else token_ids_T.sum() + self.layer + 1
+        return self.layer + 1 if about.token_ids_T is None else about.token_ids_T.sum() + self.layer + 1
+
+    def decide(self, outcome: Outcome, about: Rows) -> Decision | None:
+        """Which tokens are broadcast; None: broadcasting is off."""
+        if self.broadcast is None or not self.training:
+            return None
+        assert outcome.probs_TE is not None, "a configuration that broadcasts without scores is refused"
+        return self.broadcast.decide(outcome.probs_TE, about.sequences_T, about.token_ids_T)
+
+    def broadcast_rows(self, decision: Decision | None, outcome: Outcome, weights_TK: Tensor) -> Broadcasting | None:
+        """The rows that were decided on."""
+        if decision is None or self.broadcast is None or outcome.probs_TE is None:
+            return None
+        return Broadcasting(decision, self.broadcast.rows(decision, outcome.probs_TE, weights_TK))
 
     def assemble(
         self,
@@ -145,12 +208,13 @@ class Router(nn.Module, ABC):
         outcome: Outcome,
         num_tokens: int,
         limits: Limits | None,
+        broadcast: Broadcasting | None = None,
     ) -> RoutingPlan:
         """Put assignments, which come in the order of their tokens (per expert), into the plan's order; describe it."""
         experts_A, order_A = torch.sort(experts_A, stable=True)
         tokens_A, rows_per_expert_E = tokens_A[order_A], count(experts_A, self.num_experts)
         on_node_E = None if self.all_on_node else self.on_node_E
-        metrics = stats.dispatch_metrics(rows_per_expert_E, tokens_A, num_tokens, self.top_k, on_node_E)
+        metrics = self._describe(tokens_A, rows_per_expert_E, num_tokens, on_node_E, broadcast)
         if limits is not None and self.bound is not None:
             metrics["capacity"] = (limits.per_expert_E.float(), "mean")
             metrics |= {name: (value, "mean") for name, value in self.bound.metrics().items()}
@@ -164,7 +228,24 @@ class Router(nn.Module, ABC):
             observations=outcome.observations,
             metrics=outcome.metrics | metrics,
             capacity=limits.slots if limits is not None else None,
+            broadcast=broadcast.rows if broadcast is not None else None,
         )
+
+    def _describe(
+        self,
+        tokens_A: Tensor,
+        rows_per_expert_E: Tensor,
+        num_tokens: int,
+        on_node_E: Tensor | None,
+        broadcast: Broadcasting | None,
+    ) -> Metrics:
+        if broadcast is None or self.broadcast is None:
+            return stats.dispatch_metrics(rows_per_expert_E, tokens_A, num_tokens, self.top_k, on_node_E)
+        decision, taken_E = broadcast.decision, (broadcast.rows.weights_UE != 0).sum(0)
+        metrics = stats.dispatch_metrics(
+            rows_per_expert_E + taken_E, tokens_A, num_tokens, self.top_k, on_node_E, decision.chosen_T
+        )
+        return metrics | self.broadcast.metrics(decision, tokens_A, self.top_k)
 
 
 def auxiliary_losses(

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from megamoe.config.moe import CapacityConfig
 from megamoe.config.routers import ExpertChoiceRouterConfig
 from megamoe.moe import losses, stats
+from megamoe.moe.decisions import best, decided
 from megamoe.moe.placement import ALONE, ExpertParallel
-from megamoe.moe.routers.base import Choice, Outcome, Router, RouterSize, auxiliary_losses, count
+from megamoe.moe.routers.base import NOTHING, Choice, Outcome, Router, RouterSize, Rows, auxiliary_losses, count
 from megamoe.moe.types import RoutingPlan
 from megamoe.ops.precision import at_least_fp32
 from megamoe.ops.row_softmax import row_softmax
@@ -34,12 +35,13 @@ class ExpertChoiceRouter(Router):
         self.config = config
         self.weight = nn.Parameter(torch.empty(size.num_experts, size.hidden_size))
 
-    def forward(self, rows_TD: Tensor, token_ids_T: Tensor | None = None) -> RoutingPlan:
+    def forward(self, rows_TD: Tensor, about: Rows = NOTHING) -> RoutingPlan:
         logits_TE = F.linear(at_least_fp32(rows_TD), at_least_fp32(self.weight))
         scores_TE = row_softmax(logits_TE)
-        expert_ids_TK = scores_TE.detach().topk(self.top_k, dim=-1).indices
+        expert_ids_TK = best(scores_TE, self.top_k)
         outcome = Outcome(
             logits_TE,
+            scores_TE,
             losses=auxiliary_losses(self.config, scores_TE, logits_TE, count(expert_ids_TK, self.num_experts)),
             observations={},
             metrics={
@@ -47,23 +49,37 @@ class ExpertChoiceRouter(Router):
                 "expert_similarity": (stats.expert_similarity(self.weight), "mean"),
             },
         )
-        if self.training:
-            return self._experts_choose(scores_TE, outcome)
         weights_TK = scores_TE.gather(1, expert_ids_TK)
-        return self.make_plan(Choice(expert_ids_TK, weights_TK, weights_TK), outcome)
+        if self.training:
+            return self._experts_choose(scores_TE, outcome, about, weights_TK)
+        return self.make_plan(Choice(expert_ids_TK, weights_TK, weights_TK), outcome, about)
 
-    def _experts_choose(self, scores_TE: Tensor, outcome: Outcome) -> RoutingPlan:
+    def _experts_choose(self, scores_TE: Tensor, outcome: Outcome, about: Rows, weights_TK: Tensor) -> RoutingPlan:
         assert self.bound is not None, "a configuration without a capacity is refused"
-        num_tokens = len(scores_TE)
+        num_tokens, decision, scores = len(scores_TE), self.decide(outcome, about), scores_TE.detach()
+        size = about.size or num_tokens
+        if decision is not None:
+            scores = scores.masked_fill(decision.chosen_T[:, None], -1.0)  # after all others
         # From the host, so that the shapes below follow without waiting for the device; static: equal for all experts.
-        tokens_EC = best_tokens(scores_TE.detach(), self.bound.capacities(num_tokens)[0])
+        tokens_EC = best_tokens(scores, self.bound.capacities(size)[0])
         experts_EC = torch.arange(self.num_experts, device=tokens_EC.device)[:, None].expand_as(tokens_EC)
-        weights_EC = scores_TE.t().gather(1, tokens_EC)
-        assignments = tokens_EC.flatten(), experts_EC.flatten(), weights_EC.flatten()
-        return self.assemble(*assignments, outcome, num_tokens, self.limits(num_tokens))
+        # In the scores' own layout: their gradient has it then, and the same bits whatever zeros are added to it.
+        weights_EC = scores_TE.gather(0, tokens_EC.t()).t()
+        tokens_A, experts_A, weights_A = tokens_EC.flatten(), experts_EC.flatten(), weights_EC.flatten()
+        if decision is not None:
+            kept = (~decision.chosen_T)[tokens_A].nonzero().squeeze(-1)
+            tokens_A, experts_A, weights_A = tokens_A[kept], experts_A[kept], weights_A[kept]
+        broadcast = self.broadcast_rows(decision, outcome, weights_TK)
+        limits = self.limits(size)
+        return self.assemble(tokens_A, experts_A, weights_A, outcome, num_tokens, limits, broadcast)
 
 
 def best_tokens(scores_TE: Tensor, capacity: int) -> Tensor:
-    """The C tokens of highest score for each expert, int64 [E, C], in the order of the tokens; ties: earlier ones."""
-    by_score_ET = scores_TE.t().sort(dim=-1, descending=True, stable=True).indices
-    return by_score_ET[:, :capacity].sort(dim=-1).values
+    """The C tokens of highest score for each expert, int64 [E, C], in the order of the tokens; ties: earlier ones. In a
+    recomputed pass those of the first one."""
+
+    def choose() -> Tensor:
+        by_score_ET = scores_TE.t().sort(dim=-1, descending=True, stable=True).indices
+        return by_score_ET[:, :capacity].sort(dim=-1).values
+
+    return decided(choose)

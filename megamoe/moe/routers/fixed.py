@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from megamoe.moe.routers.base import Choice, Outcome, Router
+from megamoe.moe.routers.base import Choice, Outcome, Router, Rows
 from megamoe.moe.types import RoutingPlan
 from megamoe.ops.precision import at_least_fp32
 
@@ -20,5 +20,5 @@ class FixedRouter(Router):
         dtype = at_least_fp32(rows_TD[:0]).dtype
         weights_TK = rows_TD.new_full(expert_ids_TK.shape, 1.0 / self.top_k, dtype=dtype)
         logits_TE = rows_TD.new_zeros(len(rows_TD), self.num_experts, dtype=dtype)
-        outcome = Outcome(logits_TE, losses={}, observations={}, metrics={})
-        return self.make_plan(Choice(expert_ids_TK, weights_TK, weights_TK), outcome)
+        outcome = Outcome(logits_TE, None, losses={}, observations={}, metrics={})
+        return self.make_plan(Choice(expert_ids_TK, weights_TK, weights_TK), outcome, Rows())

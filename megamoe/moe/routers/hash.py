@@ -9,7 +9,7 @@ from megamoe.common.determinism import stream_seed
 from megamoe.config.moe import CapacityConfig
 from megamoe.config.routers import HashRouterConfig
 from megamoe.moe.placement import ALONE, ExpertParallel
-from megamoe.moe.routers.base import RouterSize
+from megamoe.moe.routers.base import NOTHING, RouterSize, Rows
 from megamoe.moe.routers.fixed import FixedRouter
 from megamoe.moe.types import RoutingPlan
 
@@ -32,10 +32,10 @@ class HashRouter(FixedRouter):
         table_VK = hash_table(config.seed, size.vocab_size, size.num_experts, size.top_k)
         self.register_buffer("table_VK", table_VK, persistent=False)
 
-    def forward(self, rows_TD: Tensor, token_ids_T: Tensor | None = None) -> RoutingPlan:
-        if token_ids_T is None:
+    def forward(self, rows_TD: Tensor, about: Rows = NOTHING) -> RoutingPlan:
+        if about.token_ids_T is None:
             raise ValueError("the hash router needs the rows' vocabulary entries")
-        return self.fixed_plan(rows_TD, self.table_VK[token_ids_T])
+        return self.fixed_plan(rows_TD, self.table_VK[about.token_ids_T])
 
 
 def hash_table(seed: int, vocab_size: int, num_experts: int, top_k: int) -> Tensor:

@@ -14,8 +14,19 @@ from megamoe.config.moe import CapacityConfig
 from megamoe.config.routers import ResonanceRouterConfig
 from megamoe.moe import losses, stats
 from megamoe.moe.bounds import Limits
+from megamoe.moe.decisions import best
 from megamoe.moe.placement import ALONE, ExpertParallel
-from megamoe.moe.routers.base import Choice, Outcome, Router, RouterSize, auxiliary_losses, count, normalised
+from megamoe.moe.routers.base import (
+    NOTHING,
+    Choice,
+    Outcome,
+    Router,
+    RouterSize,
+    Rows,
+    auxiliary_losses,
+    count,
+    normalised,
+)
 from megamoe.moe.types import RoutingPlan
 from megamoe.ops.affinity import GRAP_AFFINITY, GrapAffinity, slice_owners
 from megamoe.ops.precision import at_least_fp32
@@ -93,17 +104,19 @@ class ResonanceRouter(Router):
         """The implementation of the op."""
         return GRAP_AFFINITY.choose(self.ops.grap_affinity, device, self.token_mean_D.dtype).function
 
-    def forward(self, rows_TD: Tensor, token_ids_T: Tensor | None = None) -> RoutingPlan:
+    def forward(self, rows_TD: Tensor, about: Rows = NOTHING) -> RoutingPlan:
         affinity_TE = self.affinity(rows_TD)
         kappa = self.scale()
         logits_TE = kappa * affinity_TE
         probs_TE = row_softmax(logits_TE)
-        affinity_TK, expert_ids_TK = affinity_TE.detach().topk(self.top_k, dim=-1)
+        expert_ids_TK = best(affinity_TE, self.top_k)
+        affinity_TK = affinity_TE.detach().gather(1, expert_ids_TK)
         weights_TK = probs_TE.gather(1, expert_ids_TK)
         if self.top_k > 1:
             weights_TK = normalised(weights_TK)
         outcome = Outcome(
             logits_TE,
+            probs_TE,
             losses=self._losses(probs_TE, logits_TE, expert_ids_TK),
             observations=self._observe(rows_TD, affinity_TE),
             metrics={
@@ -115,17 +128,19 @@ class ResonanceRouter(Router):
         if self.config.affinity == "cosine":  # the others are orthogonal by construction
             outcome.metrics["expert_similarity"] = (stats.expert_similarity(self.weight), "mean")
         rank_TK = affinity_TK if self.config.rank_by == "affinity" else weights_TK.detach()
-        return self.make_plan(Choice(expert_ids_TK, weights_TK, rank_TK, token_ids_T), outcome, self.config.threshold)
+        return self.make_plan(Choice(expert_ids_TK, weights_TK, rank_TK), outcome, about, self.config.threshold)
 
-    def keep(self, choice: Choice, limits: Limits | None, threshold: float) -> Tensor:
+    def keep(self, choice: Choice, limits: Limits | None, threshold: float, about: Rows) -> Tensor:
         if self.config.scope != "ep_group" or self.ep.size == 1:
-            return super().keep(choice, limits, threshold)
+            return super().keep(choice, limits, threshold, about)
         # The affinities of all ranks' tokens, in the order of the ranks; never their rows. All ranks hold T rows.
         experts_TK, affinity_TK = (
             torch.cat(collectives.all_gather(x.detach(), self.ep.group))
             for x in (choice.expert_ids_TK, choice.affinity_TK)
         )
-        kept = super().keep(Choice(experts_TK, affinity_TK, affinity_TK), limits, threshold)
+        if about.token_ids_T is not None:
+            about = Rows(torch.cat(collectives.all_gather(about.token_ids_T, self.ep.group)))
+        kept = super().keep(Choice(experts_TK, affinity_TK, affinity_TK), limits, threshold, about)
         return kept.view(self.ep.size, -1)[self.ep.rank]
 
     def limits(self, num_tokens: int) -> Limits | None:
@@ -166,7 +181,7 @@ class ResonanceRouter(Router):
 
     def update(self, observations: dict[str, Tensor]) -> None:
         super().update(observations)
-        if "token_sum" not in observations:
+        if "token_sum" not in observations or self.frozen:
             return
         mean_D = (observations["token_sum"] / observations["token_count"].clamp_min(1)).to(self.token_mean_D)
         # A mean that was never set has no past to keep: the first observation is taken whole.

@@ -11,8 +11,19 @@ from torch import Tensor, nn
 from megamoe.config.moe import CapacityConfig
 from megamoe.config.routers import SinkhornRouterConfig
 from megamoe.moe import losses, stats
+from megamoe.moe.decisions import best
 from megamoe.moe.placement import ALONE, ExpertParallel
-from megamoe.moe.routers.base import Choice, Outcome, Router, RouterSize, auxiliary_losses, count, normalised
+from megamoe.moe.routers.base import (
+    NOTHING,
+    Choice,
+    Outcome,
+    Router,
+    RouterSize,
+    Rows,
+    auxiliary_losses,
+    count,
+    normalised,
+)
 from megamoe.moe.types import RoutingPlan
 from megamoe.ops.precision import at_least_fp32
 from megamoe.ops.row_softmax import row_softmax
@@ -35,12 +46,13 @@ class SinkhornRouter(Router):
         self.config = config
         self.weight = nn.Parameter(torch.empty(size.num_experts, size.hidden_size))
 
-    def forward(self, rows_TD: Tensor, token_ids_T: Tensor | None = None) -> RoutingPlan:
+    def forward(self, rows_TD: Tensor, about: Rows = NOTHING) -> RoutingPlan:
         logits_TE = F.linear(at_least_fp32(rows_TD), at_least_fp32(self.weight))
         probs_TE = row_softmax(logits_TE)
-        own_TK = logits_TE.detach().topk(self.top_k, dim=-1).indices
+        own_TK = best(logits_TE, self.top_k)
         outcome = Outcome(
             logits_TE,
+            probs_TE,
             losses=auxiliary_losses(self.config, probs_TE, logits_TE, count(own_TK, self.num_experts)),
             observations={},
             metrics={
@@ -51,10 +63,10 @@ class SinkhornRouter(Router):
         expert_ids_TK = own_TK
         if self.training:
             assigned_TE = log_assignment(logits_TE.detach(), self.config.iterations)
-            expert_ids_TK = assigned_TE.topk(self.top_k, dim=-1).indices
+            expert_ids_TK = best(assigned_TE, self.top_k)
         chosen_TK = probs_TE.gather(1, expert_ids_TK)
         weights_TK = normalised(chosen_TK) if self.top_k > 1 else chosen_TK
-        return self.make_plan(Choice(expert_ids_TK, weights_TK, chosen_TK, token_ids_T), outcome)
+        return self.make_plan(Choice(expert_ids_TK, weights_TK, chosen_TK), outcome, about)
 
 
 def log_assignment(logits_TE: Tensor, iterations: int) -> Tensor:

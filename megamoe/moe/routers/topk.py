@@ -9,8 +9,19 @@ from torch import Tensor, nn
 from megamoe.config.moe import CapacityConfig
 from megamoe.config.routers import TopKRouterConfig
 from megamoe.moe import losses, stats
+from megamoe.moe.decisions import best
 from megamoe.moe.placement import ALONE, ExpertParallel
-from megamoe.moe.routers.base import Choice, Outcome, Router, RouterSize, auxiliary_losses, count, normalised
+from megamoe.moe.routers.base import (
+    NOTHING,
+    Choice,
+    Outcome,
+    Router,
+    RouterSize,
+    Rows,
+    auxiliary_losses,
+    count,
+    normalised,
+)
 from megamoe.moe.types import RoutingPlan
 from megamoe.ops.precision import at_least_fp32
 from megamoe.ops.row_softmax import row_softmax
@@ -34,21 +45,22 @@ class TopKRouter(Router):
         self.weight = nn.Parameter(torch.empty(size.num_experts, size.hidden_size))
         self.register_buffer("bias_E", torch.zeros(size.num_experts, dtype=torch.float32))
 
-    def forward(self, rows_TD: Tensor, token_ids_T: Tensor | None = None) -> RoutingPlan:
+    def forward(self, rows_TD: Tensor, about: Rows = NOTHING) -> RoutingPlan:
         # In fp32 whatever the model's dtype: two experts' logits often differ by less than bf16 resolves.
         logits_TE = F.linear(at_least_fp32(rows_TD), at_least_fp32(self.weight))
         scores_TE = row_softmax(logits_TE) if self.config.score == "softmax" else logits_TE.sigmoid()
         selection_TE = within_best_groups(scores_TE.detach() + self.bias_E, self.config)
-        expert_ids_TK = selection_TE.topk(self.top_k, dim=-1).indices
+        expert_ids_TK = best(selection_TE, self.top_k)
         chosen_TK = scores_TE.gather(1, expert_ids_TK)
         weights_TK = chosen_TK
         # Not for one expert: its weight would always be 1, and the router would learn nothing.
         if self.top_k > 1 and (self.config.score == "sigmoid" or self.config.normalize_weights):
             weights_TK = normalised(chosen_TK)
-        probs_TE = scores_TE if self.config.score == "softmax" else F.normalize(scores_TE, p=1, dim=-1)
+        probs_TE = scores_TE if self.config.score == "softmax" else normalised(scores_TE)
         chosen_E = count(expert_ids_TK, self.num_experts)
         outcome = Outcome(
             logits_TE,
+            probs_TE,
             losses=auxiliary_losses(self.config, probs_TE, logits_TE, chosen_E),
             observations={"chosen_per_expert": chosen_E.float()} if self.config.bias_update_rate else {},
             metrics={
@@ -56,11 +68,14 @@ class TopKRouter(Router):
                 "expert_similarity": (stats.expert_similarity(self.weight), "mean"),
             },
         )
-        return self.make_plan(Choice(expert_ids_TK, weights_TK, chosen_TK, token_ids_T), outcome)
+        return self.make_plan(Choice(expert_ids_TK, weights_TK, chosen_TK), outcome, about)
+
+    def probabilities(self, logits_TE: Tensor) -> Tensor:
+        return row_softmax(logits_TE) if self.config.score == "softmax" else normalised(logits_TE.sigmoid())
 
     def update(self, observations: dict[str, Tensor]) -> None:
         super().update(observations)
-        if "chosen_per_expert" in observations:
+        if "chosen_per_expert" in observations and not self.frozen:
             chosen_E = observations["chosen_per_expert"]
             step_E = self.config.bias_update_rate * torch.sign(chosen_E.mean() - chosen_E)
             self.bias_E.add_(step_E.to(self.bias_E))

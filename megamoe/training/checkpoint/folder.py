@@ -76,6 +76,26 @@ def complete(output_dir: str | Path) -> list[Path]:
     return sorted(folders, key=lambda p: _step_of(p) or 0)
 
 
+def locate(path: str | Path) -> Path:
+    """The checkpoint that a path means: a checkpoint's folder itself, or the newest complete one of a run's folder.
+
+    Raises:
+        CheckpointError: the run has none.
+    """
+    folder = Path(path)
+    if (folder / MANIFEST).exists() or not root(folder).is_dir():
+        return folder
+    found = complete(folder)
+    if not found:
+        raise CheckpointError(
+            f"there is no complete checkpoint in {root(folder)}",
+            got="an empty or interrupted run",
+            expected="at least one folder step_... with a manifest.json",
+            todo="train first: deepspeed launch/pretrain.py --config configs/tiny.yaml",
+        )
+    return found[-1]
+
+
 def clear_incomplete(output_dir: str | Path) -> None:
     """Remove what interrupted saves left behind."""
     for folder in root(output_dir).glob(f"{_INCOMPLETE}*"):

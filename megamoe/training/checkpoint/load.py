@@ -74,7 +74,7 @@ def check(
         raise CheckpointError(
             f"checkpoint {folder} was written by another layout",
             got="; ".join(f"{part} (checkpoint -> this run)" for part in changed),
-            expected="the same number of ranks, parallel degrees, ZeRO stage, precision and optimizer",
+            expected="the same ranks, parallel degrees, ZeRO stage, precision, optimizer and trained parameters",
             todo="start with the checkpoint's layout; changing it between runs is not supported yet",
         )
 

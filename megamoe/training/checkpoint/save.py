@@ -23,6 +23,7 @@ from megamoe.training.checkpoint.weights import save_weights
 from megamoe.training.engine import Engine
 from megamoe.training.run_folder import write_json
 from megamoe.training.state import TrainState
+from megamoe.training.trainable import frozen_patterns
 
 ENGINE_TAG = "state"
 
@@ -60,11 +61,14 @@ def save_checkpoint(
 def topology_of(config: RunConfig) -> dict[str, Any]:
     """What has to be equal for DeepSpeed's own files to be loaded."""
     parallel, training = config.parallel.model_dump(), config.training
+    patterns = {"trainable": list(training.trainable), "frozen": list(frozen_patterns(config))}
     return {
         "world_size": collectives.world_size(),
         **parallel,
         "precision": training.precision,
         "optimizer": training.optimizer.type,
+        # Checkpoints from before there was a choice name none: everything is trained there.
+        **{name: value for name, value in patterns.items() if value not in (["*"], [])},
     }
 
 

@@ -55,9 +55,10 @@ def load_weights(folder: Path, model: nn.Module) -> None:
         CheckpointError: a file or a tensor is missing, or a shape does not fit.
     """
     target = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    wanted = {name for name in model.state_dict() if name in target}
+    wanted = {name for name in model.state_dict() if name in target and not _optional(name)}
     for name, tensor in _read(folder, "dense.pt").items():
-        _copy(folder, name, target, tensor, wanted)
+        if name in target or not _optional(name):
+            _copy(folder, name, target, tensor, wanted)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, MoELayer)}
     filled: dict[str, int] = {}
     for path in sorted((folder / FOLDER).glob("experts_*.pt")) if layers else []:
@@ -70,6 +71,12 @@ def load_weights(folder: Path, model: nn.Module) -> None:
     tied = {n for n in wanted if any(target[n] is target[o] for o in target if o not in wanted)}
     if wanted - tied:
         raise damaged(folder, f"no weights for {', '.join(sorted(wanted - tied)[:3])}")
+
+
+def _optional(name: str) -> bool:
+    """Whether it is something that only training knows: evaluation has no use for it, and fine-tuning may train
+    another way than what it starts from."""
+    return ".router.broadcast." in name or ".router.bound." in name
 
 
 def _copy(folder: Path, name: str, target: dict[str, Tensor], tensor: Tensor, wanted: set[str]) -> None:

@@ -137,14 +137,14 @@ def test_any_number_of_ranks_reads_the_same_samples_in_the_same_order(train: Bat
     micro_batch, global_batch = 2, 16
     micro_steps = global_batch // (micro_batch * dp_size)
     parts = [
-        train.rank_batch(consumed, step, rank, dp_size, micro_batch)
+        train.rank_batch(consumed, step, rank, dp_size, micro_batch, micro_steps)
         for step in range(micro_steps)
         for rank in range(dp_size)
     ]
     expected = train.batch(consumed, global_batch)
-    assert torch.equal(torch.cat([tokens for tokens, _ in parts]), expected[:, :-1])
-    assert torch.equal(torch.cat([labels for _, labels in parts]), expected[:, 1:])
-    assert all(part.is_contiguous() for pair in parts for part in pair)
+    assert torch.equal(torch.cat([part.tokens_BS for part in parts]), expected[:, :-1])
+    assert torch.equal(torch.cat([part.labels_BS for part in parts]), expected[:, 1:])
+    assert all(part.tokens_BS.is_contiguous() and part.labels_BS.is_contiguous() for part in parts)
 
 
 def test_sources_are_blended_by_weight(prepared: Prepared, train: BatchLoader):

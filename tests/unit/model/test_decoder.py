@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from megamoe.config.load import load_config
 from megamoe.config.run import RunConfig
+from megamoe.data.batch import IGNORED
 from megamoe.model.decoder import Decoder, ModelOutput
 from megamoe.model.initialise import initialise
 from megamoe.testing import assert_close, assert_equal_bits
@@ -138,15 +139,61 @@ def test_each_auxiliary_loss_is_returned_once_per_block() -> None:
 
 
 @pytest.mark.parametrize("overrides", [[], [*RESONANCE, *STATIC]], ids=["topk", "resonance static"])
-def test_token_losses_have_the_loss_as_their_mean(overrides: list[str]) -> None:
+def test_scores_of_labels_have_the_loss_as_their_mean(overrides: list[str]) -> None:
     model, (tokens_BS, labels_BS) = build(*overrides).eval(), batch()
-    losses_BS = model.token_losses(tokens_BS, labels_BS)
-    assert losses_BS.shape == tokens_BS.shape
-    assert_close(losses_BS.mean(), model(tokens_BS, labels_BS).cross_entropy, rel=1e-5)
-    labels_BS = labels_BS.clone()
-    labels_BS[1, 4] = (labels_BS[1, 4] + 1) % VOCAB
-    changed = model.token_losses(tokens_BS, labels_BS) != losses_BS
-    assert changed.nonzero().tolist() == [[1, 4]]
+    plain, output = model(tokens_BS, labels_BS), model(tokens_BS, labels_BS, each=True)
+    assert output.scores.losses_BS.shape == tokens_BS.shape
+    assert_close(output.scores.losses_BS.mean(), plain.cross_entropy, rel=1e-5)
+    assert_close(output.cross_entropy, plain.cross_entropy, rel=1e-5)
+    likeliest = int(model.logits(tokens_BS[1:2, :5]).argmax())
+    changed_BS = labels_BS.clone()
+    changed_BS[1, 4] = likeliest
+    changed = model(tokens_BS, changed_BS, each=True).scores
+    assert changed.right_BS[1, 4]
+    assert (changed.losses_BS != output.scores.losses_BS).nonzero().tolist() == [[1, 4]] * (likeliest != labels_BS[1, 4])
+
+
+def test_labels_that_do_not_count() -> None:
+    """The sum over the others, divided by what is asked for; forward, backward and one by one."""
+    model, (tokens_BS, labels_BS) = build(), batch()
+    left_BS = labels_BS.clone()
+    left_BS[0, 3:] = IGNORED
+    left_BS[1, ::2] = IGNORED
+    counted_BS = left_BS != IGNORED
+    each = model(tokens_BS, labels_BS, each=True).scores.losses_BS
+    output = model(tokens_BS, left_BS, None, 7.5)
+    assert_close(output.cross_entropy, each[counted_BS].sum() / 7.5, rel=1e-5)
+    scores = model(tokens_BS, left_BS, None, 7.5, each=True).scores
+    assert torch.equal(scores.counted_BS, counted_BS)
+    assert_close(scores.losses_BS, each * counted_BS, rel=1e-6)
+    logits = model.head(model._hidden(tokens_BS)[0])
+    plain = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), left_BS.flatten(), ignore_index=IGNORED, reduction="sum"
+    )
+    expected = gradients(model, plain / 7.5 + output.loss - output.cross_entropy)
+    for name, gradient in gradients(model, model(tokens_BS, left_BS, None, 7.5).loss).items():
+        assert_close(gradient, expected[name], rel=1e-4, name=name)
+
+
+def test_a_batch_without_any_label_that_counts() -> None:
+    model, (tokens_BS, labels_BS) = build(), batch()
+    output = model(tokens_BS, torch.full_like(labels_BS, IGNORED), None, 1.0)
+    assert output.cross_entropy.item() == 0
+    assert all(gradient.isfinite().all() for gradient in gradients(model, output.loss).values())
+
+
+@pytest.mark.parametrize("overrides", [[], RESONANCE], ids=["topk", "resonance"])
+def test_documents_in_one_sequence_do_not_see_each_other(overrides: list[str]) -> None:
+    """Each one has the losses that it has alone, up to rounding; padding changes nothing."""
+    model, (tokens_BS, labels_BS) = build(*overrides).eval(), batch()
+    ends = (5, 9, SEQUENCE - 2)
+    documents_S = torch.tensor([0] * 5 + [1] * 4 + [2] * (SEQUENCE - 11) + [-1] * 2)
+    documents_BS = documents_S.expand_as(tokens_BS)
+    together = model(tokens_BS, labels_BS, documents_BS, each=True).scores.losses_BS
+    for start, end in zip((0, *ends), ends, strict=False):
+        alone = model(tokens_BS[:, start:end], labels_BS[:, start:end], each=True).scores.losses_BS
+        assert_close(together[:, start:end], alone, rel=1e-5)
+    assert not torch.allclose(together[:, 5:], model(tokens_BS, labels_BS, each=True).scores.losses_BS[:, 5:])
 
 
 @pytest.mark.parametrize("splits", [[1] * SEQUENCE, [5, 9], [10, 1, 1, 1, 1], [2, 7, 5]], ids=str)
@@ -277,7 +324,7 @@ def test_fp64_loses_no_digits_on_the_way(overrides: list[str]) -> None:
     assert output.loss.dtype == output.cross_entropy.dtype == torch.float64
     with Narrowed() as narrowed, torch.no_grad():
         model.eval().logits(batch()[0], model.new_caches())
-        model.token_losses(*batch())
+        model(*batch(), each=True)
     assert not narrowed.seen
 
 

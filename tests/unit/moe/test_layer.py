@@ -12,6 +12,7 @@ from megamoe.config.routers import ResonanceRouterConfig, TopKRouterConfig
 from megamoe.moe.layer import MoELayer
 from megamoe.moe.marker import is_expert
 from megamoe.moe.placement import ExpertParallel
+from megamoe.moe.types import RoutingPlan
 from megamoe.testing import assert_close, assert_equal_bits
 
 BATCH, SEQUENCE, WIDTH, FFN, EXPERTS = 4, 12, 20, 6, 5
@@ -222,3 +223,47 @@ def test_the_engine_sees_experts_and_nothing_else_as_experts() -> None:
     marked = {name for name, parameter in layer.named_parameters() if is_expert(parameter)}
     assert marked == {"experts.w1", "experts.w2", "experts.w3"}
     assert {p.group_name for p in layer.experts.parameters()} == {"ep_size_1"}
+
+
+PADDED_BS = torch.tensor([[0] * 12, [0] * 5 + [1] * 4 + [-1] * 3, [-1] * 12, [0] * 11 + [-1]])
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+def test_padding_goes_to_no_expert(router: str) -> None:
+    """Its output is that of the shared experts, and everything else is as if it were not there: dropless, so that it shows
+    bit for bit."""
+    layer, x, real_BS = build(router, shared=1), inputs(), PADDED_BS >= 0
+    out, aux = layer(x, documents=PADDED_BS)
+    alone, expected = layer(x[real_BS])
+    assert_equal_bits(out[real_BS], alone)
+    assert_equal_bits(out[~real_BS], layer.shared_experts(x)[~real_BS])
+    for name, term in expected.losses.items():
+        assert_equal_bits(aux.losses[name], term, name=name)
+    for name, value in expected.observations.items():
+        assert_equal_bits(aux.observations[name], value, name=name)
+    gradient, other = (torch.autograd.grad(result.square().sum(), x)[0] for result in (out[real_BS], alone))
+    assert_equal_bits(gradient, other)
+
+
+@pytest.mark.parametrize("capacity", ["static", "position"])
+def test_a_capacity_is_a_share_of_the_rows_with_padding(capacity: str) -> None:
+    """The same on every rank, however much of it is padding."""
+    layer, x = build("softmax", capacity), inputs()
+    whole = layer.router(x.flatten(0, 1)).capacity
+    plans: list[RoutingPlan] = []
+    layer.router.register_forward_hook(lambda module, args, plan: plans.append(plan))
+    for documents_BS in (PADDED_BS, torch.full_like(PADDED_BS, -1), torch.zeros_like(PADDED_BS)):
+        layer(x, documents=documents_BS)
+    assert [plan.capacity for plan in plans] == [whole] * 3
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+@pytest.mark.parametrize("capacity", CAPACITIES)
+def test_nothing_but_padding(router: str, capacity: str) -> None:
+    layer, x = build(router, capacity), inputs()
+    out, aux = layer(x, documents=torch.full_like(PADDED_BS, -1))
+    assert not out.any()
+    loss = sum(aux.losses.values(), out.sum())
+    assert loss.isfinite()
+    for gradient in torch.autograd.grad(loss, [x, *layer.parameters()], allow_unused=True):
+        assert gradient is None or gradient.isfinite().all()

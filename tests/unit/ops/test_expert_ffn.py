@@ -102,3 +102,20 @@ def test_gradients_in_recycled_memory_are_right_in_every_step() -> None:
 
 def test_auto_takes_blocked_on_a_cpu() -> None:
     assert EXPERT_FFN.choose("auto", torch.device("cpu"), torch.float32).name == "blocked"
+
+
+@IMPLEMENTATIONS
+@pytest.mark.parametrize("trained", [(), ("w2",)], ids=["frozen", "one matrix trained"])
+def test_frozen_experts_pass_the_same_gradients_on(ffn: ExpertFFN, trained: tuple[str, ...]) -> None:
+    tensors, counts = case(COUNTS["uneven"], torch.float32), COUNTS["uneven"]
+    expected = results(ffn, tensors, counts)
+    for name, tensor in zip(NAMES[2:], tensors[2:], strict=True):
+        tensor.requires_grad_(name in trained)
+    out = ffn(*tensors, torch.tensor(counts))
+    out.backward(torch.randn(out.shape, generator=torch.Generator().manual_seed(9)))
+    for name, tensor in zip(NAMES, tensors, strict=True):
+        if tensor.requires_grad:
+            assert tensor.grad is not None
+            assert_equal_bits(tensor.grad, expected[name], name=name)
+        else:
+            assert tensor.grad is None

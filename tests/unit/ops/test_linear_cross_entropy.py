@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megamoe.ops.linear_cross_entropy import linear_cross_entropy, reference, token_losses
+from megamoe.ops.linear_cross_entropy import linear_cross_entropy, reference, token_scores
 from megamoe.testing import assert_close, assert_equal_bits, max_rel_error
 
 ROWS, WIDTH, VOCAB = 37, 24, 113
@@ -107,6 +107,24 @@ def test_fp64_keeps_its_digits(chunk_size: int) -> None:
     for name, tensor in results(plain, hidden_TD, weight_VD).items():
         assert got[name].dtype == torch.float64
         assert_close(got[name], tensor, rel=1e-14, name=name)
-    each_T = token_losses(hidden_TD, weight_VD, labels_T, chunk_size)
+    each_T, right_T = token_scores(hidden_TD, weight_VD, labels_T, chunk_size)
     assert each_T.dtype == torch.float64
     assert_close(each_T.mean(), plain, rel=1e-14)
+    assert torch.equal(right_T, (hidden_TD @ weight_VD.t()).argmax(-1) == labels_T)
+
+
+def test_a_frozen_projection_passes_the_same_gradient_on() -> None:
+    hidden_TD, weight_VD, labels_T = case(torch.float32)
+    expected = results(linear_cross_entropy(hidden_TD, weight_VD, labels_T, 5), hidden_TD, weight_VD)
+    weight_VD.requires_grad_(False)
+    loss = linear_cross_entropy(hidden_TD, weight_VD, labels_T, 5)
+    (gradient,) = torch.autograd.grad(loss * 0.3, hidden_TD)
+    assert torch.equal(gradient, expected["hidden"])
+
+
+def test_another_divisor() -> None:
+    hidden_TD, weight_VD, labels_T = case(torch.float32)
+    plain = results(linear_cross_entropy(hidden_TD, weight_VD, labels_T, 5), hidden_TD, weight_VD)
+    halved = linear_cross_entropy(hidden_TD, weight_VD, labels_T, 5, targets=2.0 * len(labels_T))
+    for name, value in results(halved, hidden_TD, weight_VD).items():
+        assert_close(value, plain[name] / 2, rel=1e-6, name=name)

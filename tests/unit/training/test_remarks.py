@@ -2,7 +2,7 @@
 
 from megamoe.model.decoder import Decoder
 from megamoe.testing.configs import tiny_config
-from megamoe.training.pretrain import _remarks
+from megamoe.training.job import _remarks
 
 
 def remarks(*overrides: str) -> list[str]:

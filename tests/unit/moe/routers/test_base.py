@@ -14,7 +14,7 @@ from megamoe.config.routers import (
     SinkhornRouterConfig,
     TopKRouterConfig,
 )
-from megamoe.moe.routers import RouterSize, build_router
+from megamoe.moe.routers import RouterSize, Rows, build_router
 from megamoe.moe.routers.base import Router
 from megamoe.moe.types import RoutingPlan
 from megamoe.testing import assert_close, assert_equal_bits
@@ -72,7 +72,7 @@ def pairs(plan: RoutingPlan) -> list[tuple[int, int]]:
 @every_router
 def test_the_order_is_by_expert_and_then_by_token(name: str) -> None:
     router = build(name)
-    for plan in (router(rows(), tokens()), router.eval()(rows(), tokens())):
+    for plan in (router(rows(), Rows(tokens())), router.eval()(rows(), Rows(tokens()))):
         assert pairs(plan) == sorted(set(pairs(plan)))
         counts = [sum(e == expert for e, _ in pairs(plan)) for expert in range(EXPERTS)]
         assert plan.rows_per_expert_E.tolist() == counts
@@ -83,13 +83,13 @@ def test_the_order_is_by_expert_and_then_by_token(name: str) -> None:
 def without_limits(name: str) -> RoutingPlan:
     """What the tokens chose in training."""
     settings = {"threshold": 1.0} if name == "grap" else {}
-    return build(name, CapacityConfig(), **settings)(rows(), tokens())
+    return build(name, CapacityConfig(), **settings)(rows(), Rows(tokens()))
 
 
 @token_choice
 def test_experts_keep_a_part_of_what_chose_them_with_unchanged_weights(name: str) -> None:
     router, free = build(name), without_limits(name)
-    bounded = router(rows(), tokens())
+    bounded = router(rows(), Rows(tokens()))
     weights = dict(zip(pairs(free), free.weights_A.tolist(), strict=True))
     assert set(pairs(bounded)) < set(pairs(free)), "something is dropped, and nothing is added"
     assert len(pairs(free)) == TOKENS * CHOICES
@@ -105,7 +105,7 @@ def test_experts_keep_a_part_of_what_chose_them_with_unchanged_weights(name: str
 def test_every_way_to_drop_fills_the_same_capacity(name: str, drop: str) -> None:
     capacity = STATIC.model_copy(update={"drop": drop})
     settings = {"threshold": 1.0} if name == "grap" else {}
-    bounded = build(name, capacity, **settings)(rows(), tokens())
+    bounded = build(name, capacity, **settings)(rows(), Rows(tokens()))
     wanted_E = without_limits(name).rows_per_expert_E
     assert bounded.rows_per_expert_E.tolist() == wanted_E.clamp_max(14).tolist()
 
@@ -113,7 +113,7 @@ def test_every_way_to_drop_fills_the_same_capacity(name: str, drop: str) -> None
 @token_choice
 def test_a_capacity_of_all_tokens_drops_nothing(name: str) -> None:
     settings = {"threshold": 1.0} if name == "grap" else {}
-    bounded = build(name, CapacityConfig(mode="static", factor=float(EXPERTS)), **settings)(rows(), tokens())
+    bounded = build(name, CapacityConfig(mode="static", factor=float(EXPERTS)), **settings)(rows(), Rows(tokens()))
     free = without_limits(name)
     assert bounded.capacity == TOKENS
     assert pairs(bounded) == pairs(free)
@@ -124,7 +124,7 @@ def test_a_capacity_of_all_tokens_drops_nothing(name: str) -> None:
 def test_a_forward_pass_moves_nothing(name: str) -> None:
     router = build(name)
     before = {key: value.clone() for key, value in router.state_dict().items()}
-    first, second = router(rows(), tokens()), router(rows(), tokens())
+    first, second = router(rows(), Rows(tokens())), router(rows(), Rows(tokens()))
     for key, value in router.state_dict().items():
         assert_equal_bits(value, before[key], name=key)
     assert pairs(first) == pairs(second)
@@ -134,7 +134,7 @@ def test_a_forward_pass_moves_nothing(name: str) -> None:
 
 @every_router
 def test_metrics_say_what_was_dropped(name: str) -> None:
-    plan = build(name)(rows(), tokens())
+    plan = build(name)(rows(), Rows(tokens()))
     values = {key: value for key, (value, _) in plan.metrics.items()}
     served = [sum(token == t for _, token in pairs(plan)) for t in range(TOKENS)]
     missing = sum(max(0, CHOICES - experts) for experts in served)
@@ -151,7 +151,7 @@ def test_metrics_say_what_was_dropped(name: str) -> None:
 @every_router
 def test_no_rows_are_no_problem(name: str) -> None:
     router, rows_TD = build(name), rows(0).requires_grad_()
-    plan = router(rows_TD, tokens(0))
+    plan = router(rows_TD, Rows(tokens(0)))
     assert pairs(plan) == []
     assert plan.rows_per_expert_E.tolist() == [0] * EXPERTS
     assert {key: value.item() for key, (value, _) in plan.metrics.items() if key.endswith("share")} == {
@@ -171,10 +171,10 @@ def test_no_rows_are_no_problem(name: str) -> None:
 @independent_tokens
 def test_evaluation_does_not_look_across_the_batch(name: str) -> None:
     router, rows_TD, tokens_T = build(name).eval(), rows(), tokens()
-    whole = router(rows_TD, tokens_T)
+    whole = router(rows_TD, Rows(tokens_T))
     alone = set()
     for token in range(TOKENS):
-        plan = router(rows_TD[token : token + 1], tokens_T[token : token + 1])
+        plan = router(rows_TD[token : token + 1], Rows(tokens_T[token : token + 1]))
         alone |= {(expert, token) for expert, _ in pairs(plan)}
     assert alone == set(pairs(whole))
     assert len(alone) == TOKENS * CHOICES
@@ -186,7 +186,7 @@ def test_weights_and_logits_have_the_rows_precision_fp32_at_least(name: str) -> 
         router = build(name).to(torch.promote_types(dtype, torch.float32))
         for parameter in router.parameters():  # statistics stay as they are in a bf16 model
             parameter.data = parameter.data.to(dtype)
-        plan = router(rows().to(dtype), tokens())
+        plan = router(rows().to(dtype), Rows(tokens()))
         assert plan.weights_A.dtype == plan.logits_TE.dtype == expected
         assert plan.logits_TE.shape == (TOKENS, EXPERTS)
         assert bool((plan.weights_A >= 0).all()), "padded exchanges mark an empty slot by a negative weight"
@@ -198,7 +198,7 @@ def test_random_drops_follow_from_the_tokens_and_the_block() -> None:
     def kept(token_ids_T: Tensor, layer: int = 0) -> list[tuple[int, int]]:
         router = build_router(ROUTERS["softmax"], RouterSize(WIDTH, EXPERTS, CHOICES, layer=layer), capacity)
         torch.nn.init.normal_(router.weight, generator=torch.Generator().manual_seed(1))
-        return pairs(router(rows(), token_ids_T))
+        return pairs(router(rows(), Rows(token_ids_T)))
 
     some_T = torch.arange(TOKENS)
     assert kept(some_T) == kept(some_T.clone())

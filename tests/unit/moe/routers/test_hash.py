@@ -5,7 +5,7 @@ import torch
 
 from megamoe.config.moe import CapacityConfig
 from megamoe.config.routers import HashRouterConfig
-from megamoe.moe.routers.base import RouterSize
+from megamoe.moe.routers.base import RouterSize, Rows
 from megamoe.moe.routers.hash import HashRouter, hash_table
 
 VOCABULARY, WIDTH = 103, 8
@@ -45,7 +45,7 @@ def test_which_experts_meet_is_by_chance() -> None:
 def test_a_token_goes_where_its_entry_says_with_equal_weights(training: bool) -> None:
     router = build().train(training)
     tokens_T = torch.tensor([5, 102, 5, 0, 77])
-    plan = router(torch.zeros(5, WIDTH), tokens_T)
+    plan = router(torch.zeros(5, WIDTH), Rows(tokens_T))
     table = hash_table(0, VOCABULARY, 6, 2).tolist()
     expected = sorted((expert, t) for t, token in enumerate(tokens_T.tolist()) for expert in table[token])
     assert list(zip(plan.expert_ids_A.tolist(), plan.token_ids_A.tolist(), strict=True)) == expected

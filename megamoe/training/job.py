@@ -1,0 +1,138 @@
+"""One rank's training job, from what it learns to the last checkpoint: the same for every kind of training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megamoe.common.log import get_logger, setup_logging
+from megamoe.config.architecture import architecture
+from megamoe.config.run import RunConfig
+from megamoe.model.decoder import Decoder
+from megamoe.moe.layer import MoELayer
+from megamoe.ops.expert_ffn import EXPERT_FFN
+from megamoe.parallel import collectives
+from megamoe.training.checkpoint import folder as folders
+from megamoe.training.checkpoint.load import check, find, load_checkpoint
+from megamoe.training.checkpoint.save import save_checkpoint, topology_of
+from megamoe.training.engine import Engine
+from megamoe.training.interrupt import catch_signals
+from megamoe.training.loop import Loop
+from megamoe.training.monitors import monitors
+from megamoe.training.run_folder import MetricsFile, open_run_folder, write_config
+from megamoe.training.setup import Runtime, expert_parallel
+from megamoe.training.state import TrainState
+from megamoe.training.step import Loader
+from megamoe.training.trainable import select_trainable
+
+UNUSED = {
+    "dropless": {"factor", "drop", "minimum", "momentum", "warmup_steps", "tile"},
+    "static": {"momentum", "warmup_steps"},
+    "locmoe": {"momentum", "warmup_steps"},
+}
+"""Per capacity mode the settings that it does not look at."""
+
+log = get_logger("megamoe.job")
+
+
+@dataclass(frozen=True)
+class Job:
+    """What one kind of training has of its own.
+
+    Attributes:
+        data: what is learnt.
+        validate: measures on what is held out; collective.
+        tokenizer: the model's, which goes into the checkpoints.
+        digest: sha256 of it.
+        vocab_size: rows V of the embedding.
+        fill: gives a new model its weights.
+        begin: called once before the first step of a run that does not resume; collective.
+    """
+
+    data: Loader
+    validate: Callable[[Engine], dict[str, float]]
+    tokenizer: Path
+    digest: str
+    vocab_size: int
+    fill: Callable[[Decoder], None]
+    begin: Callable[[Engine], None] = lambda engine: None
+
+
+def open_folder(config: RunConfig, runtime: Runtime) -> Path:
+    """Rank 0 makes the run folder; then every rank logs into it."""
+    collectives.together(lambda: open_run_folder(config) if runtime.rank == 0 else None)
+    folder = Path(config.training.output_dir)
+    setup_logging(runtime.rank, folder / "logs")
+    return folder
+
+
+def carry_out(job: Job, config: RunConfig, runtime: Runtime) -> TrainState:
+    """Train, resuming from the newest complete checkpoint where the configuration says so.
+
+    Everything that can be wrong about the checkpoint is found before the model is built.
+    """
+    folder, shape = Path(config.training.output_dir), architecture(config, job.vocab_size)
+    with ExitStack() as stack:
+        resume = _find_checkpoint(config, job.digest, shape)
+        collectives.together(lambda: write_config(config) if runtime.rank == 0 else None)
+        stack.enter_context(monitors(config.training.monitor, folder / "logs"))
+        engine = build_engine(config, runtime, job.vocab_size, job.fill)
+        if resume is None:
+            state = TrainState()
+            job.begin(engine)
+        else:
+            state = load_checkpoint(engine, *resume)
+            log.info("resumed from %s", resume[0])
+        metrics = MetricsFile(folder, state.step) if runtime.rank == 0 else None
+        if metrics is not None:
+            stack.callback(metrics.close)
+
+        def save(state: TrainState) -> Path:
+            return save_checkpoint(engine, state, config, shape, job.tokenizer, job.digest)
+
+        interrupt = stack.enter_context(catch_signals())
+        state = Loop(config, runtime, engine, job.data, job.validate, save, interrupt, metrics, state).run()
+        engine.close()
+    return state
+
+
+def build_engine(config: RunConfig, runtime: Runtime, vocab_size: int, fill: Callable[[Decoder], None]) -> Engine:
+    """The model of this rank inside the engine, with the weights that `fill` gives it."""
+    groups = runtime.groups
+    model = Decoder(config, vocab_size, expert_parallel(groups))
+    fill(model)
+    log.info("%s", select_trainable(model, config))
+    engine = Engine(config, model.to(runtime.device), groups)
+    parameter = next(engine.model.parameters())
+    log.info("%s", EXPERT_FFN.choose(config.ops.expert_ffn, parameter.device, parameter.dtype))
+    for remark in _remarks(config, engine.model):
+        log.info("%s", remark)
+    return engine
+
+
+def _remarks(config: RunConfig, model: Decoder) -> list[str]:
+    """What a user should know about the settings of routing."""
+    capacity = config.moe.capacity
+    unused = sorted(capacity.model_fields_set & UNUSED.get(capacity.mode, set()))
+    lines = [f"moe.capacity.{name}: has no effect with mode {capacity.mode}" for name in unused]
+    layers = [module for module in model.modules() if isinstance(module, MoELayer)]
+    return lines + (layers[0].router.remarks() if layers else [])
+
+
+def _find_checkpoint(config: RunConfig, digest: str, shape: dict[str, Any]) -> tuple[Path, folders.Manifest] | None:
+    """The checkpoint to resume from, checked against this run. Rank 0 looks, so that all take the same one."""
+    found = collectives.together(lambda: find(config.training) if collectives.rank() == 0 else None)
+    folder = collectives.gather_objects(found)[0]
+    if folder is None:
+        return None
+
+    def checked() -> folders.Manifest:
+        manifest = folders.read_manifest(folder)
+        check(folder, manifest, shape, topology_of(config), digest)
+        folders.verify(folder, manifest, collectives.rank(), collectives.world_size())
+        return manifest
+
+    return folder, collectives.together(checked)
