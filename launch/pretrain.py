@@ -8,54 +8,30 @@ goes on from the newest complete checkpoint.
 
 from __future__ import annotations
 
-import argparse
-
-from megamoe.cli.check import description, split
-from megamoe.common import env
+from megamoe.cli.launch import launch
 from megamoe.common.errors import ConfigError
-from megamoe.common.log import setup_logging
 from megamoe.common.main import run_main
 from megamoe.config.load import load_config
+from megamoe.config.run import RunConfig
 
 
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=(__doc__ or "").strip(), formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--config", nargs="+", default=[], metavar="FILE", help="YAML files, later ones over earlier ones"
-    )
-    parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="single fields, over all files")
-    parser.add_argument("--dry-run", action="store_true", help="print what would run, and start nothing")
-    # What launchers and DeepSpeed scripts pass by habit.
-    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("--deepspeed", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--deepspeed_config", help=argparse.SUPPRESS)
-    return parser.parse_intermixed_args()  # overrides also behind an option
-
-
-def main() -> int:
-    args = parse()
-    if args.deepspeed_config:
+def load(paths: list[str], overrides: list[str]) -> RunConfig:
+    config = load_config(paths, overrides)
+    if config.finetune is not None:
         raise ConfigError(
-            "A DeepSpeed configuration file is not read.",
-            got=f"--deepspeed_config {args.deepspeed_config}",
-            expected="megamoe's own configuration, which DeepSpeed's is derived from",
-            todo="put settings that megamoe does not know under deepspeed_extra",
+            "This configuration is one for fine-tuning.",
+            got="a section finetune",
+            expected="a configuration without it",
+            todo="start it with launch/finetune.py, or leave the section out (finetune=null)",
         )
-    config = load_config(*split([*args.config, *args.overrides]))
-    if args.dry_run:
-        launched = env.launcher() != "none"
-        if env.rank() == 0:
-            print(description(config, env.world_size() if launched else None))
-        return 0
-    setup_logging(env.rank())
-    # Imported only now: a wrong configuration is reported in a blink, without waiting for torch and DeepSpeed.
+    return config
+
+
+def start(config: RunConfig, world_size: int) -> None:
     from megamoe.training.pretrain import pretrain
 
-    pretrain(config, env.world_size())
-    return 0
+    pretrain(config, world_size)
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(lambda: launch(__doc__ or "", load, start))

@@ -10,6 +10,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -27,7 +28,7 @@ NOT_PATHS: set[str] = set()
 # Commands of others; only the paths among their words are checked.
 FOREIGN = {"cat", "cd", "cp", "git", "head", "ls", "mypy", "pip", "pre-commit", "ruff", "sbatch", "source"}
 # Scripts that show what they would do; the others are asked for --help.
-DRY_RUN = {"launch/pretrain.py", "launch/finetune.py"}
+DRY_RUN = {"launch/pretrain.py"}
 LAUNCHERS = {"deepspeed", "torchrun", "srun", "python", "python3"}
 TIME_LIMIT = 120
 
@@ -108,8 +109,10 @@ def python_trial(command: str, words: list[str]) -> list[str]:
 
 
 def file_words(command: str) -> list[str]:
-    """Words of a command that name files of the repository."""
-    return [word for word in shlex.split(command)[1:] if "=" not in word and looks_like_path(word)]
+    """Words of a command that name files of the repository; what it writes (`--out`) need not be there."""
+    words = shlex.split(command)
+    read = [word for before, word in pairwise(words) if before != "--out"]
+    return [word for word in read if "=" not in word and looks_like_path(word)]
 
 
 def tree_paths(block: str) -> Iterator[str]:
