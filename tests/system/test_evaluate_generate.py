@@ -14,7 +14,7 @@ from megamoe.data.loader import documents
 from megamoe.data.manifest import load_manifest
 from megamoe.data.tokenizer import Tokenizer
 from megamoe.model.decoder import Decoder
-from megamoe.testing.launches import launch, run_script
+from megamoe.testing.launches import launch, one_error, run_script
 from megamoe.testing.runs import Run
 from megamoe.training.checkpoint import folder as folders
 from megamoe.training.checkpoint.weights import load_weights
@@ -116,6 +116,49 @@ def test_evaluate_under_deepspeed(sharper: Run, tmp_path: Path) -> None:
     found, expected = json.loads(out.read_text()), evaluated(sharper, tmp_path, "--documents", "1")
     for source in ("small", "notes"):
         assert found[source] == pytest.approx(expected[source], rel=1e-6)
+
+
+# --- evaluate the routing
+
+
+def routing(run: Run, out: Path, ranks: int) -> tuple[dict[str, Any], str]:
+    """The numbers, and what was printed, on 8 samples in batches of 3: on two ranks one is left without any."""
+    words = ["--checkpoint", str(run.folder), "--documents", "1", "--batch-size", "3", "--out", str(out)]
+    outcomes = run_script(EVALUATE, [*words, "--routing", "--routing-tokens", "250"], ranks)
+    assert [outcome.returncode for outcome in outcomes] == [0] * ranks, outcomes
+    assert all(outcome.stdout == "" for outcome in outcomes[1:]), "rank 0 speaks for all"
+    found: dict[str, Any] = json.loads(out.read_text()).pop("_routing")
+    return found, outcomes[0].stdout
+
+
+def test_routing_on_one_and_two_ranks(sharper: Run, tmp_path: Path) -> None:
+    (one, text), (two, text_of_two) = (routing(sharper, tmp_path / "numbers.json", ranks) for ranks in (1, 2))
+    assert "entropy of the routers, 256 tokens:" in text
+    for alone, together in zip(one["entropy"]["blocks"], two["entropy"]["blocks"], strict=True):
+        assert alone["tokens"] == sum(alone["histogram"]) == together["tokens"] == 256
+        for name in ("mean", "threshold", "uncertain_share"):
+            assert alone[name] == pytest.approx(together[name], rel=1e-5)
+        shown = [f"{alone['mean']:.3f}", f"{alone['threshold']:.3f}", "quantile", f"{alone['uncertain_share']:.1%}"]
+        assert [str(alone["block"]), *shown] in [line.split()[:5] for line in text.splitlines()]
+    (loss, loss_of_two), (arms, arms_of_two) = ([of["sensitivity"][n] for of in (one, two)] for n in ("loss", "arms"))
+    assert loss == pytest.approx(loss_of_two, rel=1e-6)
+    for name, arm in arms.items():
+        assert arm["losses"] == pytest.approx(arms_of_two[name]["losses"], rel=1e-5)
+        assert arm["mean"] != loss
+        assert f"{arm['mean']:.4f}" in text
+    assert "(chance 0.250)" in text
+    for block in one["agreement"]["blocks"]:
+        assert block["uncertain"]["tokens"] + block["certain"]["tokens"] == 256
+        assert f"{block['certain']['share']:.3f}" in text
+    assert two["agreement"] is None
+    assert "not measured, because the experts are spread over ranks" in text_of_two
+
+
+def test_routing_needs_tokens(sharper: Run) -> None:
+    words = ["--checkpoint", str(sharper.folder), "--routing", "--routing-tokens", "0"]
+    text = one_error(*run_script(EVALUATE, words))
+    assert "--routing-tokens has a value that cannot be used" in text
+    assert "expected: at least 1" in text
 
 
 # --- generate
