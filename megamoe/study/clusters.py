@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from megamoe.config.run import RunConfig
+from megamoe.data.batch import Batch
 from megamoe.data.loader import BatchLoader
 from megamoe.data.manifest import check_prepared
 from megamoe.eval.loading import load_model, open_checkpoint
@@ -88,14 +89,13 @@ def _of_checkpoint(path: str, runtime: Runtime) -> dict[int, float]:
     return {i: calinski_harabasz(*routed) for i, routed in first_choices(model, batches).items()}
 
 
-def _batches(config: RunConfig, runtime: Runtime) -> list[tuple[Tensor, Tensor]]:
+def _batches(config: RunConfig, runtime: Runtime) -> list[Batch]:
     data = BatchLoader(config.data, check_prepared(config.data), "validation", config.training.seed)
     count = -(-TOKENS // (BATCH * config.data.seq_length))
-    pairs = (data.rank_batch(i * BATCH, 0, 0, 1, BATCH) for i in range(count))
-    return [(tokens.to(runtime.device), labels.to(runtime.device)) for tokens, labels in pairs]
+    return [data.rank_batch(i * BATCH, 0, 0, 1, BATCH, 1).to(runtime.device) for i in range(count)]
 
 
-def first_choices(model: Decoder, batches: Sequence[tuple[Tensor, Tensor]]) -> dict[int, tuple[Tensor, Tensor]]:
+def first_choices(model: Decoder, batches: Sequence[Batch]) -> dict[int, tuple[Tensor, Tensor]]:
     """Per block with experts, the rows that enter its router [N, D] and the expert of the highest logit [N].
 
     The plans of routers differ (an expert may drop, or choose by itself); their logits do not in what they mean.
@@ -109,8 +109,8 @@ def first_choices(model: Decoder, batches: Sequence[tuple[Tensor, Tensor]]) -> d
     ]
     try:
         with torch.no_grad():
-            for tokens_BS, labels_BS in batches:
-                model(tokens_BS, labels_BS)
+            for batch in batches:
+                model(*batch)
     finally:
         for hook in hooks:
             hook.remove()

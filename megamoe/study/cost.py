@@ -7,6 +7,7 @@ import statistics
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,22 +15,23 @@ from megamoe.bench.quiet import wait_for_quiet
 from megamoe.bench.rounds import in_turns, ratios, spread
 from megamoe.common.errors import ConfigError
 from megamoe.common.log import get_logger, setup_logging
-from megamoe.config import derive
 from megamoe.config.load import dump_config
 from megamoe.config.run import RunConfig
 from megamoe.data.loader import BatchLoader
 from megamoe.data.manifest import check_prepared
-from megamoe.model.decoder import Decoder
+from megamoe.data.sft_loader import SFTLoader
+from megamoe.data.sft_store import open_sft
 from megamoe.parallel.collectives import barrier
 from megamoe.study.plan import CostPlan, Study, cost_config
 from megamoe.study.runs import Run
 from megamoe.testing.ranks import run_ranks
+from megamoe.training.checkpoint.folder import read_manifest
 from megamoe.training.checkpoint.weights import load_weights
-from megamoe.training.engine import Engine
-from megamoe.training.loop import update_statistics
-from megamoe.training.metrics import Accumulator, StepMetrics
+from megamoe.training.job import build_engine
+from megamoe.training.metrics import StepMetrics
 from megamoe.training.run_folder import write_json
-from megamoe.training.setup import Runtime, distributed, expert_parallel
+from megamoe.training.setup import Runtime, distributed
+from megamoe.training.step import Loader, rank_batches, train_step
 
 FILE = "cost.json"
 WARMUP_ROUNDS = 2
@@ -46,6 +48,8 @@ class Task:
 
     config: RunConfig
     checkpoint: str
+    folder: str
+    """Of the run."""
 
 
 def measure_cost(study: Study, runs: list[Run], folder: Path) -> Path:
@@ -115,7 +119,7 @@ def _task(study: Study, run: Run) -> Task:
             got=f"no complete checkpoint in {run.folder}",
             todo="run the phase train first",
         )
-    return Task(cost_config(study, study.arms[run.arm]), str(checkpoint))
+    return Task(cost_config(study, study.arms[run.arm]), str(checkpoint), str(run.folder))
 
 
 def _measure(
@@ -143,6 +147,13 @@ def _measure(
     return seconds, metrics, spread(others or [0.0])._asdict()
 
 
+def _training_data(task: Task) -> Loader:
+    config = task.config
+    if config.finetune is not None:
+        return SFTLoader(open_sft(Path(task.folder) / "data"), "train", config.training.seed)
+    return BatchLoader(config.data, check_prepared(config.data), "train", config.training.seed)
+
+
 @dataclass
 class Trainee:
     """One arm at its trained state, going on with the training samples that follow its last step."""
@@ -152,28 +163,18 @@ class Trainee:
     results: list[StepMetrics] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        config = self.task.config
-        manifest = check_prepared(config.data)
-        self.data = BatchLoader(config.data, manifest, "train", config.training.seed)
+        config, checkpoint = self.task.config, Path(self.task.checkpoint)
+        self.data = _training_data(self.task)
         self.consumed = config.training.steps * config.training.global_batch_size
-        self.micro_steps = derive.accumulation_steps(config, self.runtime.world_size)
-        vocab_size = derive.vocab_size(config, manifest.vocab_size)
-        model = Decoder(config, vocab_size, expert_parallel(self.runtime.groups))
-        load_weights(Path(self.task.checkpoint), model)
-        self.engine = Engine(config, model.to(self.runtime.device), self.runtime.groups)
+        vocab_size = read_manifest(checkpoint).architecture["model.vocab_size"]
+        self.engine = build_engine(config, self.runtime, vocab_size, partial(load_weights, checkpoint))
 
     def train(self, steps: int) -> None:
         """Optimizer steps as the training loop makes them, until all ranks are done."""
-        training, dp = self.task.config.training, self.runtime.groups.dp
+        training = self.task.config.training
         for _ in range(steps):
-            accumulator = Accumulator()
-            for micro_step in range(self.micro_steps):
-                batch = self.data.rank_batch(self.consumed, micro_step, dp.place, dp.size, training.micro_batch_size)
-                tokens_BS, labels_BS = (part.to(self.runtime.device) for part in batch)
-                accumulator.add(self.engine.micro_step(tokens_BS, labels_BS, last=micro_step == self.micro_steps - 1))
-            self.engine.optimizer_step(0.0)
-            result = accumulator.reduce(dp.handle)
-            update_statistics(self.engine, result)
+            batches = rank_batches(self.data, self.task.config, self.runtime, self.consumed)
+            result, _ = train_step(self.engine, batches, 0.0)
             self.consumed += training.global_batch_size
             self.results.append(result)
         barrier()

@@ -22,9 +22,9 @@ class Measures:
     """Of one run.
 
     Attributes:
-        scalars: one number each. `validation_loss` after the last step; `processed`, rows an expert works on relative
-            to K T / E; every scalar that layers report, as the mean over layers and steps; `<name>_last`: the same
-            over the last quarter of the steps; `step_seconds`, the median.
+        scalars: one number each. `validation_loss` and what else is measured with it after the last step; `processed`,
+            rows an expert works on relative to K T / E; every scalar that layers report, as the mean over layers and
+            steps; `<name>_last`: the same over the last quarter of the steps; `step_seconds`, the median.
         layers: per metric of the layers, its mean over the last quarter for each layer.
         validation: (step, loss).
         training: (step, cross entropy), thinned.
@@ -51,7 +51,7 @@ def read_measures(folder: Path, curves: Sequence[str] = ()) -> Measures:
     validation = [(float(line["step"]), float(line["validation_loss"])) for line in lines if "validation_loss" in line]
     names = layer_metrics(steps)
     whole, end = layer_means(steps, names), layer_means(last, names)
-    scalars = {"validation_loss": validation[-1][1], "step_seconds": _median(line["step_seconds"] for line in steps)}
+    scalars = {"step_seconds": _median(line["step_seconds"] for line in steps), **_last_validation(lines)}
     scalars |= {name: _mean(per_layer.values()) for name, per_layer in whole.items()}
     scalars |= {f"{name}_last": _mean(per_layer.values()) for name, per_layer in end.items()}
     scalars |= _processed(scalars)
@@ -62,6 +62,13 @@ def read_measures(folder: Path, curves: Sequence[str] = ()) -> Measures:
         _thinned([(float(line["step"]), float(line["cross_entropy"])) for line in steps]),
         {name: _curves(steps, name, indices) for name, indices in names.items() if name in curves},
     )
+
+
+def _last_validation(lines: Lines) -> dict[str, float]:
+    """Everything that was measured after the last step."""
+    last = next(line for line in reversed(lines) if "validation_loss" in line)
+    where = ("step", "consumed_samples", "consumed_tokens")
+    return {name: float(value) for name, value in last.items() if name not in where}
 
 
 def read_lines(folder: Path) -> Lines:

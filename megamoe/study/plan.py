@@ -16,9 +16,11 @@ from megamoe.config.problems import Problem, nearest, raise_all
 from megamoe.config.rules import check_world_size
 from megamoe.config.run import RunConfig
 from megamoe.config.sources import Source, read_file
+from megamoe.training.finetune_config import load_finetune_config
 
 Measure = Literal[
     "validation_loss",
+    "exact_match",
     "processed",
     "drop_share",
     "unserved_share",
@@ -26,9 +28,13 @@ Measure = Literal[
     "sent_bytes",
     "max_load",
     "router_entropy",
+    "broadcast_share",
+    "sensitivity",
     "calinski_harabasz",
 ]
-"""A column of the table."""
+"""A column of the table, or a few that belong together."""
+Judge = Literal["validation_loss", "exact_match"]
+"""What decides whether an arm is better than the baseline."""
 MEASURES: tuple[Measure, ...] = (
     "validation_loss",
     "processed",
@@ -61,6 +67,13 @@ class CostPlan(Section):
     patience: float = Field(0.0, ge=0, description="Seconds to wait before a round for a quiet machine.")
 
 
+class StartPlan(Section):
+    """A model that is pretrained for every seed; all arms then fine-tune it."""
+
+    config: Words = Field(description="Configuration files, later ones over earlier ones.")
+    set: Words = Field((), description="Overrides.")
+
+
 class StudyPlan(Section):
     """The file of a study. Paths in it are relative to its folder."""
 
@@ -68,7 +81,11 @@ class StudyPlan(Section):
     question: str = Field(description="What the study is to answer.")
     config: Words = Field(description="Configuration files of all arms, later ones over earlier ones.")
     set: Words = Field((), description="Overrides for all arms.")
+    start: StartPlan | None = Field(
+        None, description="What the arms fine-tune (launch/finetune.py); null: the arms pretrain (launch/pretrain.py)."
+    )
     baseline: str = Field(description="The arm that all others are compared with.")
+    judge: Judge = Field("validation_loss", description="What the verdicts are about.")
     arms: dict[Name, ArmPlan] = Field(min_length=1)
     seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Strict(False)] = Field(min_length=1)
     measures: Annotated[tuple[Measure, ...], Strict(False)] = Field(MEASURES, description="Columns of the table.")
@@ -97,6 +114,8 @@ class Study:
     """From the command line."""
     arms: dict[str, Arm]
     seeds: tuple[int, ...]
+    start: RunConfig | None = None
+    """Of the models that the arms fine-tune; None where they pretrain."""
 
     @property
     def baseline(self) -> Arm:
@@ -128,9 +147,20 @@ def load_study(
     _check_choice(plan, only, num_seeds)
     files = (*(path.parent / name for name in plan.config), *map(Path, more))
     chosen = [name for name in plan.arms if not only or name in only or name == plan.baseline]
-    arms = {name: _load_arm(plan, name, files, tuple(overrides)) for name in chosen}
+    start = load_config(start_files(plan, path), plan.start.set) if plan.start is not None else None
+    arms = {name: _load_arm(plan, name, files, tuple(overrides), start) for name in chosen}
     _check_equal_tokens(arms, plan.baseline)
-    return Study(path, plan, files, tuple(overrides), arms, plan.seeds[:num_seeds])
+    return Study(path, plan, files, tuple(overrides), arms, plan.seeds[:num_seeds], start)
+
+
+def start_files(plan: StudyPlan, path: Path) -> tuple[Path, ...]:
+    """Configuration files of the models that the arms fine-tune."""
+    return tuple(path.parent / name for name in (plan.start.config if plan.start is not None else ()))
+
+
+def load_arm(files: Sequence[Path], words: Sequence[str], start: RunConfig | None) -> RunConfig:
+    """The configuration of one arm's run."""
+    return load_config(files, words) if start is None else load_finetune_config(files, words, start)
 
 
 def read_plan(path: Path) -> StudyPlan:
@@ -155,7 +185,7 @@ def read_plan(path: Path) -> StudyPlan:
 def cost_config(study: Study, arm: Arm) -> RunConfig:
     """The arm's configuration for the measurement of cost."""
     assert study.plan.cost is not None
-    config = _load(arm.name, study.files, (*arm.overrides, *study.plan.cost.set))
+    config = _load(arm.name, study.files, (*arm.overrides, *study.plan.cost.set), study.start)
     check_world_size(config, study.plan.cost.ranks)
     return config
 
@@ -173,6 +203,10 @@ def _problem(entry: dict[str, Any], source: Source) -> Problem:
 
 def _contradictions(plan: StudyPlan) -> list[Problem]:
     problems = []
+    if plan.start is None and "sensitivity" in plan.measures:
+        problems.append(Problem("measures", "sensitivity is of models that fine-tune, which needs start"))
+    if plan.start is not None and "start" in plan.arms:
+        problems.append(Problem("arms.start", "is where the models lie that the arms fine-tune; choose another name"))
     if plan.baseline not in plan.arms:
         problems.append(Problem("baseline", f"{plan.baseline} is none of the arms: {', '.join(plan.arms)}"))
     for path, values in (("seeds", plan.seeds), ("measures", plan.measures), ("curves", plan.curves)):
@@ -181,11 +215,14 @@ def _contradictions(plan: StudyPlan) -> list[Problem]:
     places = {"set": plan.set, **{f"arms.{name}.set": arm.set for name, arm in plan.arms.items()}}
     if plan.cost is not None:
         places["cost.set"] = plan.cost.set
+    if plan.start is not None:
+        places["start.set"] = plan.start.set
     return problems + [problem for path, words in places.items() for problem in _reserved(path, words)]
 
 
 def _reserved(path: str, words: Sequence[str]) -> list[Problem]:
-    taken = [word for word in words if word.startswith(("training.seed=", "training.output_dir="))]
+    given = ("training.seed=", "training.output_dir=", "finetune.checkpoint=")
+    taken = [word for word in words if word.startswith(given)]
     return [Problem(path, f"{word}: the study sets this for each run") for word in taken]
 
 
@@ -201,21 +238,30 @@ def _check_choice(plan: StudyPlan, only: Sequence[str], num_seeds: int | None) -
         )
 
 
-def _load_arm(plan: StudyPlan, name: str, files: Sequence[Path], overrides: tuple[str, ...]) -> Arm:
+def _load_arm(
+    plan: StudyPlan, name: str, files: Sequence[Path], overrides: tuple[str, ...], start: RunConfig | None
+) -> Arm:
     arm = plan.arms[name]
     words = (*plan.set, *overrides, *arm.set)
-    config = _load(name, files, words)
+    config = _load(name, files, words, start)
     check_world_size(config, 1)
     if config.training.validation.batches == 0:
         raise ConfigError(
             f"Arm {name} is never validated.", got="training.validation.batches = 0", expected="at least 1"
         )
+    if config.finetune is not None and config.finetune.epochs is not None:
+        raise ConfigError(
+            f"Arm {name}: the number of steps has to be known before anything starts.",
+            got=f"finetune.epochs = {config.finetune.epochs}",
+            expected="training.steps",
+            todo="set finetune.epochs to null and training.steps to a number",
+        )
     return Arm(name, arm, words, config)
 
 
-def _load(name: str, files: Sequence[Path], words: Sequence[str]) -> RunConfig:
+def _load(name: str, files: Sequence[Path], words: Sequence[str], start: RunConfig | None) -> RunConfig:
     try:
-        return load_config(files, words)
+        return load_arm(files, words, start)
     except ConfigError as error:
         raise ConfigError(
             f"Arm {name}: {error.what}", got=error.got, expected=error.expected, todo=error.todo
@@ -227,12 +273,14 @@ def _check_equal_tokens(arms: dict[str, Arm], baseline: str) -> None:
 
     def read(arm: Arm) -> tuple[Any, ...]:
         training = arm.config.training
-        return arm.config.data, training.steps, training.global_batch_size, training.validation.batches
+        batches = training.global_batch_size, training.validation.batches
+        return arm.config.data, arm.config.finetune, training.steps, *batches
 
     for arm in arms.values():
         if read(arm) != read(arms[baseline]):
             raise ConfigError(
                 f"Arm {arm.name} does not read the same samples as the baseline {baseline}.",
-                expected="equal data, training.steps, training.global_batch_size and training.validation.batches",
+                expected="equal data, finetune, training.steps, training.global_batch_size and "
+                "training.validation.batches",
                 todo="set these for all arms",
             )

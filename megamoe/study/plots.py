@@ -97,15 +97,18 @@ def _differences(results: dict[str, Any], arms: dict[str, Any], colours: dict[st
     figure, (axes,) = _figure(7.5, 1.3 + 0.42 * len(names))
     axes.axvline(0, color="#111111", linewidth=1)
     for row, name in enumerate(reversed(names)):
-        versus = arms[name]["differences"]["validation_loss"]
+        versus = arms[name]["differences"][results["judge"]]
         if versus["low"] is not None:
             axes.plot([versus["low"], versus["high"]], [row, row], color=colours[name], linewidth=2)
         axes.plot(versus["mean"], row, "o", color=colours[name], markersize=7)
     axes.set_yticks(range(len(names)), [arms[name]["label"] for name in reversed(names)])
     axes.set_ylim(-0.6, len(names) - 0.4)
     base = results["arms"][results["baseline"]]["label"]
-    axes.set_xlabel(f"validation loss minus that of: {base} [nats per token]")
-    for text, side, shift in (("← better", "right", -6), ("worse →", "left", 6)):
+    lower_is_better = results["judge"] == "validation_loss"
+    unit = "nats per token" if lower_is_better else "share of conversations"
+    axes.set_xlabel(f"{_words(results['judge'])} minus that of: {base} [{unit}]")
+    left, right = ("better", "worse") if lower_is_better else ("worse", "better")
+    for text, side, shift in ((f"← {left}", "right", -6), (f"{right} →", "left", 6)):
         axes.annotate(text, (0, 1), (shift, 2), ("data", "axes fraction"), "offset points", ha=side)
     return figure
 

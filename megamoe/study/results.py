@@ -22,7 +22,8 @@ from megamoe.study.clusters import measure_clusters
 from megamoe.study.cost import read_cost
 from megamoe.study.measures import Measures, read_measures
 from megamoe.study.plan import Study
-from megamoe.study.runs import Run, runs_of
+from megamoe.study.runs import Run, runs_of, starts_of
+from megamoe.study.sensitivity import Subject, measure_sensitivities
 
 CLUSTERS = "calinski_harabasz"
 
@@ -43,6 +44,11 @@ def collect(study: Study, folder: Path, command: str) -> dict[str, Any]:
             if per_layer:
                 measure.scalars[CLUSTERS] = statistics.fmean(per_layer.values())
                 measure.layers[CLUSTERS] = per_layer
+    if study.start is not None and "sensitivity" in study.plan.measures:
+        starts = {run.seed: run.checkpoint() for run in starts_of(study, folder)}
+        subjects = [Subject(run.folder, checkpoint, starts[run.seed] or checkpoint) for run, checkpoint in done]
+        for measure, values in zip(measures, measure_sensitivities(subjects), strict=True):
+            measure.scalars.update(values)
     found = {run: measure for (run, _), measure in zip(done, measures, strict=True)}
     cost = read_cost(study, folder)
     return {
@@ -50,6 +56,7 @@ def collect(study: Study, folder: Path, command: str) -> dict[str, Any]:
         "question": study.plan.question,
         "conditions": _conditions(study, command),
         "baseline": study.plan.baseline,
+        "judge": study.plan.judge,
         "measures": list(study.plan.measures),
         "arms": {name: _arm(study, name, found) | {"cost": cost.get(name)} for name in study.arms},
         "missing": [run.name for run in runs if run not in found],
@@ -86,8 +93,9 @@ def _arm(study: Study, name: str, found: dict[Run, Measures]) -> dict[str, Any]:
         for key, values in own.items()
         if name != study.plan.baseline and (difference := paired.difference(values, base.get(key, {})))
     }
-    loss = own.get("validation_loss", {}), base.get("validation_loss", {})
-    versus = paired.difference(*loss) if name != study.plan.baseline else None
+    judge = study.plan.judge
+    judged = own.get(judge, {}), base.get(judge, {})
+    versus = paired.difference(*judged) if name != study.plan.baseline else None
     return {
         "label": arm.plan.label,
         "why": arm.plan.why,
@@ -96,7 +104,7 @@ def _arm(study: Study, name: str, found: dict[Run, Measures]) -> dict[str, Any]:
         "means": {key: paired.summary(list(values.values()))._asdict() for key, values in own.items()},
         "differences": differences,
         "ratios": {key: paired.ratio(values, base.get(key, {})) for key, values in own.items()},
-        "verdict": versus.verdict() if versus is not None else None,
+        "verdict": versus.verdict(lower_is_better=judge == "validation_loss") if versus is not None else None,
         "layers": _mean_layers([m for run, m in found.items() if run.arm == name]),
         "validation": _mean_points([m.validation for run, m in found.items() if run.arm == name]),
         "training": _mean_points([m.training for run, m in found.items() if run.arm == name]),

@@ -23,10 +23,12 @@ from megamoe.common.errors import ConfigError, MegamoeError
 from megamoe.common.log import get_logger
 from megamoe.config.load import load_config
 from megamoe.config.run import RunConfig
-from megamoe.study.plan import Study
+from megamoe.study.plan import Study, load_arm, start_files
 from megamoe.training.checkpoint import folder as folders
 
 LOG = "study.log"
+START = "start"
+"""Folder of the models that the arms fine-tune; no arm may be called so."""
 TAIL_LINES = 15
 POLL_SECONDS = 0.2
 GRACE_SECONDS = 60.0
@@ -43,8 +45,10 @@ class Run:
     seed: int
     folder: Path
     words: tuple[str, ...]
-    """What follows `launch/pretrain.py`."""
+    """What follows the script."""
     config: RunConfig
+    script: str = "pretrain.py"
+    """Of the folder launch/."""
 
     @property
     def name(self) -> str:
@@ -70,8 +74,10 @@ class Run:
 
 
 def _elsewhere(config: RunConfig) -> RunConfig:
-    """The same configuration without its folder."""
-    return config.model_copy(update={"training": config.training.model_copy(update={"output_dir": ""})})
+    """The same configuration without folders that other words could name as well."""
+    finetune = config.finetune.model_copy(update={"checkpoint": ""}) if config.finetune is not None else None
+    training = config.training.model_copy(update={"output_dir": ""})
+    return config.model_copy(update={"training": training, "finetune": finetune})
 
 
 @dataclass(frozen=True)
@@ -98,13 +104,35 @@ class _Process:
 
 def runs_of(study: Study, folder: Path) -> list[Run]:
     """Every run, all arms of a seed before the next seed: a study that was cut short is paired already."""
-    return [_run(study, arm, seed, folder / arm / f"seed_{seed}") for seed in study.seeds for arm in study.arms]
+    return [_run(study, arm, seed, folder) for seed in study.seeds for arm in study.arms]
+
+
+def starts_of(study: Study, folder: Path) -> list[Run]:
+    """The runs whose models the arms fine-tune, one for each seed; none where the arms pretrain."""
+    if study.plan.start is None:
+        return []
+    files = start_files(study.plan, study.path)
+    return [_of(START, seed, _place(folder, START, seed), files, study.plan.start.set, None) for seed in study.seeds]
 
 
 def _run(study: Study, arm: str, seed: int, folder: Path) -> Run:
-    overrides = (*study.arms[arm].overrides, f"training.seed={seed}", f"training.output_dir={folder}")
-    words = ("--config", *map(str, study.files), *overrides)
-    return Run(arm, seed, folder, words, load_config(study.files, overrides))
+    place, overrides = _place(folder, arm, seed), study.arms[arm].overrides
+    if study.start is not None:
+        overrides = (*overrides, f"finetune.checkpoint={_place(folder, START, seed)}")
+    return _of(arm, seed, place, study.files, overrides, study.start)
+
+
+def _place(folder: Path, arm: str, seed: int) -> Path:
+    return folder / arm / f"seed_{seed}"
+
+
+def _of(
+    arm: str, seed: int, folder: Path, files: Sequence[Path], overrides: Sequence[str], start: RunConfig | None
+) -> Run:
+    overrides = (*overrides, f"training.seed={seed}", f"training.output_dir={folder}")
+    words = ("--config", *map(str, files), *overrides)
+    script = "pretrain.py" if start is None else "finetune.py"
+    return Run(arm, seed, folder, words, load_arm(files, overrides, start), script)
 
 
 def unfinished(runs: Sequence[Run], fresh: bool) -> list[Run]:
@@ -138,7 +166,7 @@ def train(runs: Sequence[Run], jobs: int, limit_seconds: float) -> list[Failure]
     Returns:
         The failures.
     """
-    script, waiting, failures = _script(), list(runs), list[Failure]()
+    waiting, failures = list(runs), list[Failure]()
     threads = max(1, env.cpu_count() // jobs)
     with (
         _stop_on_sigterm(),
@@ -151,7 +179,7 @@ def train(runs: Sequence[Run], jobs: int, limit_seconds: float) -> list[Failure]
             while waiting and len(running) < jobs:
                 run = waiting.pop(0)
                 try:
-                    running.append(_start(script, run, threads))
+                    running.append(_start(run, threads))
                 except OSError as error:
                     failures.append(Failure(run, f"could not be started: {error}", ""))
                     bar.update()
@@ -164,16 +192,16 @@ def train(runs: Sequence[Run], jobs: int, limit_seconds: float) -> list[Failure]
     return failures
 
 
-def _script() -> Path:
-    path = Path(megamoe.__file__).resolve().parents[1] / "launch" / "pretrain.py"
+def _script(name: str) -> Path:
+    path = Path(megamoe.__file__).resolve().parents[1] / "launch" / name
     if not path.is_file():
-        raise ConfigError("launch/pretrain.py is missing.", expected=str(path), todo="start the study from a checkout")
+        raise ConfigError(f"launch/{name} is missing.", expected=str(path), todo="start the study from a checkout")
     return path
 
 
-def _start(script: Path, run: Run, threads: int) -> _Process:
+def _start(run: Run, threads: int) -> _Process:
     run.folder.mkdir(parents=True, exist_ok=True)
-    words = [sys.executable, str(script), *run.words]
+    words = [sys.executable, str(_script(run.script)), *run.words]
     variables = env.copy_with({"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)})
     # A session of its own: Ctrl-C on the terminal reaches us alone, and we decide what becomes of the runs.
     with (run.folder / LOG).open("ab") as output:

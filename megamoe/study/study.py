@@ -16,7 +16,7 @@ from megamoe.study import plots, table
 from megamoe.study.cost import measure_cost
 from megamoe.study.plan import Study, cost_config
 from megamoe.study.results import collect
-from megamoe.study.runs import Failure, runs_of, train, unfinished
+from megamoe.study.runs import Failure, runs_of, starts_of, train, unfinished
 
 Phase = Literal["train", "cost", "report", "all"]
 
@@ -64,7 +64,7 @@ def run_study(study: Study, options: Options) -> Outcome:
     Raises:
         ConfigError: a wrong setting, or runs with other settings in the folder.
     """
-    runs = runs_of(study, options.runs)
+    starts, runs = starts_of(study, options.runs), runs_of(study, options.runs)
     failures: list[Failure] = []
     if options.phase in ("report", "all"):
         plots.require_matplotlib()
@@ -72,10 +72,13 @@ def run_study(study: Study, options: Options) -> Outcome:
         for arm in study.arms.values():
             cost_config(study, arm)
     if options.phase in ("train", "all"):
-        left = unfinished(runs, options.fresh)
+        first, left = unfinished(starts, options.fresh), unfinished(runs, options.fresh)
         _prepare_data(study)
-        log.info("%d runs, %d of them complete already", len(runs), len(runs) - len(left))
-        failures = train(left, options.jobs, 60.0 * options.limit_minutes)
+        total, limit = len(starts) + len(runs), 60.0 * options.limit_minutes
+        log.info("%d runs, %d of them complete already", total, total - len(first) - len(left))
+        failures = train(first, options.jobs, limit)
+        failed = {failure.run.seed for failure in failures}
+        failures += train([run for run in left if run.seed not in failed], options.jobs, limit)
     # Without every arm there is nothing to take turns with; what is there is still worth a report.
     if study.plan.cost is not None and options.phase in ("cost", "all") and not failures:
         measure_cost(study, runs, options.runs)

@@ -11,8 +11,10 @@ from megamoe.study.plan import Measure
 Arm = dict[str, Any]
 
 NOTHING = "–"
+EXACT = "exact_match"
+UNITS = {"validation_loss": "nats", EXACT: "of the conversations"}
 PLOTS = {
-    "differences": "Validation loss of each arm minus the baseline's, with 95 % intervals",
+    "differences": "What the arms are judged by, minus the baseline's, with 95 % intervals",
     "cost_against_loss": "Tokens per expert against validation loss, both relative to the baseline",
     "loss": "Validation loss over steps",
 }
@@ -75,13 +77,19 @@ def _arms(results: dict[str, Any]) -> str:
 
 
 def _table(results: dict[str, Any]) -> str:
-    columns = [column for name in results["measures"] for column in COLUMNS[name]]
+    columns = [column for name in results["measures"] for column in (*COLUMNS[name], *_per_source(name, results))]
     rows = [
         (arm["label"], *(column.cell(arm) for column in columns)) if arm["means"] else (arm["label"], "not run")
         for arm in results["arms"].values()
     ]
     width = len(columns) + 1
     return as_table(("arm", *(column.heading for column in columns)), [(*r, *[""] * (width - len(r))) for r in rows])
+
+
+def _per_source(name: str, results: dict[str, Any]) -> list[Column]:
+    """A column for each source that the measure is known of by itself."""
+    keys = {key for arm in results["arms"].values() for key in arm["means"] if key.startswith(f"{name}.")}
+    return [Column(key.removeprefix(f"{name}."), _share_cell(key)) for key in sorted(keys)] if name == EXACT else []
 
 
 def _reading(results: dict[str, Any]) -> str:
@@ -104,11 +112,11 @@ def _verdicts(results: dict[str, Any]) -> str:
         if arm["verdict"] is None:
             lines.append(f"- {arm['label']}: not run, or the baseline is not.")
             continue
-        versus = arm["differences"]["validation_loss"]
-        parts = [f"- **{arm['label']}**: validation loss against {base}: {arm['verdict']}"]
+        versus, judged = arm["differences"][results["judge"]], results["judge"].replace("_", " ")
+        parts = [f"- **{arm['label']}**: {judged} against {base}: {arm['verdict']}"]
         if arm["verdict"] in ("better", "worse"):
-            parts = [f"- **{arm['label']}**: {arm['verdict']} than {base} in validation loss"]
-        parts.append(f" ({difference(versus)} nats, {versus['seeds']} seeds)")
+            parts = [f"- **{arm['label']}**: {arm['verdict']} than {base} in {judged}"]
+        parts.append(f" ({difference(versus)} {UNITS[results['judge']]}, {versus['seeds']} seeds)")
         if (share := arm["ratios"].get("processed")) is not None:
             parts.append(f", at {share:.1%} of its tokens per expert")
         if arm["cost"] is not None:
@@ -157,6 +165,10 @@ COLUMNS: dict[Measure, tuple[Column, ...]] = {
         Column("validation loss", _mean_cell("validation_loss", ".4f")),
         Column("difference [95 %]", lambda arm: difference(arm["differences"].get("validation_loss"))),
     ),
+    "exact_match": (
+        Column("exact match, mean of sources", _mean_cell("exact_match", ".4f")),
+        Column("difference [95 %]", lambda arm: difference(arm["differences"].get("exact_match"))),
+    ),
     "processed": (
         Column("tokens per expert, of the baseline's", _processed_cell),
         Column("of K T / E", _share_cell("processed")),
@@ -167,5 +179,13 @@ COLUMNS: dict[Measure, tuple[Column, ...]] = {
     "sent_bytes": (Column("MB sent per step (forward, all ranks), of the baseline's", _bytes_cell),),
     "max_load": (Column("largest load (1: K T / E)", _mean_cell("max_load", ".2f")),),
     "router_entropy": (Column("router entropy", _mean_cell("router_entropy", ".3f")),),
+    "broadcast_share": (Column("broadcast", _share_cell("broadcast_share")),),
+    "sensitivity": (
+        Column("loss added by random experts for uncertain tokens", _mean_cell("sensitivity", ".4f")),
+        Column("difference [95 %]", lambda arm: difference(arm["differences"].get("sensitivity"))),
+        Column("for as many random tokens", _mean_cell("sensitivity_random", ".4f")),
+        Column("agreement with the best experts, uncertain tokens", _mean_cell("agreement", ".3f")),
+        Column("other tokens", _mean_cell("agreement_certain", ".3f")),
+    ),
     "calinski_harabasz": (Column("CH index of clusters", _mean_cell("calinski_harabasz", ".0f")),),
 }
