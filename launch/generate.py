@@ -21,6 +21,10 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--checkpoint", required=True, metavar="FOLDER", help="a checkpoint's or a run's folder")
     parser.add_argument("--prompt", action="append", metavar="TEXT", help="text to continue; may be given repeatedly")
+    parser.add_argument(
+        "--chat", action="store_true", help="each prompt is a user's message, in the template of the fine-tuning"
+    )
+    parser.add_argument("--system", metavar="TEXT", help="instructions before it (--chat)")
     parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N")
     parser.add_argument("--temperature", type=float, default=0.8, metavar="X", help="0: always the likeliest token")
     parser.add_argument("--top-p", type=float, default=0.95, metavar="X", help="nucleus sampling; 1: off")
@@ -46,13 +50,17 @@ def check(args: argparse.Namespace) -> None:
                 expected=expected,
                 todo="correct the command line",
             )
+    if args.system is not None and not args.chat:
+        raise ConfigError(
+            "--system is part of a conversation.", got="no --chat", expected="both", todo="correct the command line"
+        )
 
 
 def main() -> int:
     args = parse()
     check(args)
     setup_logging(env.rank())
-    from megamoe.eval.generate import Sampling, generate
+    from megamoe.eval.generate import Sampling, chat_prompt, generate
     from megamoe.eval.loading import load_model, open_checkpoint
     from megamoe.training.setup import distributed
 
@@ -61,7 +69,8 @@ def main() -> int:
     checkpoint = open_checkpoint(args.checkpoint, [], env.world_size())
     with distributed(checkpoint.config.parallel, checkpoint.config.training.timeout_minutes) as runtime:
         model, tokenizer = load_model(checkpoint, runtime)
-        texts = generate(model, tokenizer, prompts, sampling, runtime)
+        encode = chat_prompt(checkpoint.config, tokenizer, args.system) if args.chat else None
+        texts = generate(model, tokenizer, prompts, sampling, runtime, encode)
         rank = runtime.rank
     if rank == 0:
         for prompt, continuations in zip(prompts, texts, strict=True):

@@ -16,13 +16,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megamoe.config.moe import MoEConfig
+from megamoe.config.moe import BroadcastConfig, MoEConfig
 from megamoe.moe.ffn import FeedForward
 from megamoe.moe.layer import MoELayer
 from megamoe.moe.placement import ExpertParallel
 
 INSTALL = "pip install 'megamoe[bench]'"
-DENSE, OURS = "dense", "megamoe"
+DENSE, OURS, BROADCASTING = "dense", "megamoe", "megamoe, broadcasting"
+BROADCAST_SHARE = 0.05
+"""Of the tokens, those that the layer called `BROADCASTING` sends to all experts."""
 
 
 @dataclass(frozen=True)
@@ -70,11 +72,19 @@ class Dense(nn.Module):
 
 
 class Ours(nn.Module):
-    """Our layer with its defaults: top-k router, dropless, local dispatch."""
+    """Our layer with its defaults: top-k router, dropless, local dispatch; or, with GW-MoE, those of highest entropy of
+    the tokens sent to all experts."""
 
-    def __init__(self, shape: LayerShape) -> None:
+    def __init__(self, shape: LayerShape, broadcast_share: float = 0.0) -> None:
         super().__init__()
-        config = MoEConfig(num_experts=shape.experts, top_k=shape.top_k, expert_ffn_size=shape.ffn)
+        config = MoEConfig(
+            num_experts=shape.experts,
+            top_k=shape.top_k,
+            expert_ffn_size=shape.ffn,
+            broadcast=BroadcastConfig(threshold="fixed", entropy=0.0, max_share=broadcast_share)
+            if broadcast_share
+            else None,
+        )
         self.layer = MoELayer(config, shape.hidden, ExpertParallel())
 
     def forward(self, rows_TD: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -197,6 +207,7 @@ def _megatron_layer(shape: LayerShape) -> nn.Module:
 CONTESTANTS = (
     Contestant(DENSE, Dense, "", "one SwiGLU of width K * F"),
     Contestant(OURS, Ours, "", "top-k router, dropless, local dispatch"),
+    Contestant(BROADCASTING, lambda s: Ours(s, BROADCAST_SHARE), "", "GW-MoE: 5 % of the tokens go to all experts"),
     Contestant("deepspeed no drop", lambda s: DeepSpeedMoE(s, False), "deepspeed", "drop_tokens=False"),
     Contestant("deepspeed capacity 1.25", lambda s: DeepSpeedMoE(s, True), "deepspeed", "capacity_factor=1.25"),
     Contestant("transformers eager", lambda s: Mixtral(s, "eager"), "transformers", "MixtralSparseMoeBlock"),

@@ -12,7 +12,16 @@ from torch import Tensor, nn
 
 from megamoe.bench import allocator
 from megamoe.bench.conditions import conditions
-from megamoe.bench.contestants import CONTESTANTS, DENSE, INSTALL, OURS, Contestant, LayerShape
+from megamoe.bench.contestants import (
+    BROADCAST_SHARE,
+    BROADCASTING,
+    CONTESTANTS,
+    DENSE,
+    INSTALL,
+    OURS,
+    Contestant,
+    LayerShape,
+)
 from megamoe.bench.quiet import wait_for_quiet
 from megamoe.bench.report import as_table, closing, in_words, target
 from megamoe.bench.rounds import Spread, in_turns, ratios, spread
@@ -23,6 +32,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 PROMISED_SIZE = {"tokens": 4096, "hidden": 512, "ffn": 1024, "top_k": 2, "threads": 2}
 RATIO_LIMITS = {"fp32": 1.15, "bf16": 1.40}
 GROWTH_LIMIT = 1.25
+BROADCAST_MARGIN = 1.10
+"""Over the predicted cost of broadcasting."""
 TIMEOUT_SECONDS = 7200.0
 
 
@@ -71,6 +82,7 @@ def bench_layer(settings: LayerSettings, note: str = "") -> dict[str, Any]:
     state, others, seconds = run_ranks(_measure, 1, settings, present, timeout=TIMEOUT_SECONDS)[0]
     results = [row for dtype in settings.dtypes for row in _results(dtype, seconds[dtype])]
     growth = [row for dtype in settings.dtypes for row in _growth(dtype, seconds[dtype], settings)]
+    broadcast = [row for dtype in settings.dtypes for row in _broadcast(dtype, seconds[dtype], settings)]
     return {
         "benchmark": "layer",
         "settings": asdict(settings),
@@ -78,7 +90,8 @@ def bench_layer(settings: LayerSettings, note: str = "") -> dict[str, Any]:
         "results": results,
         "not_installed": [{"contestant": c.name, "install": INSTALL} for c in chosen if c.missing()],
         "growth": growth,
-        "targets": _targets(settings, results, growth),
+        "broadcast": broadcast,
+        "targets": _targets(settings, results, growth, broadcast),
     }
 
 
@@ -166,8 +179,27 @@ def _growth(dtype: str, seconds: dict[Entry, list[float]], settings: LayerSettin
     ]
 
 
+def _broadcast(dtype: str, seconds: dict[Entry, list[float]], settings: LayerSettings) -> list[dict[str, Any]]:
+    """What broadcasting costs, round by round, and what it is predicted to: an uncertain token goes to E instead of K
+    experts."""
+    return [
+        {
+            "dtype": dtype,
+            "experts": experts,
+            "share": BROADCAST_SHARE,
+            "predicted": 1 + BROADCAST_SHARE * (experts / settings.top_k - 1),
+            **ratios(seconds[Entry(BROADCASTING, experts)], seconds[Entry(OURS, experts)])._asdict(),
+        }
+        for experts in settings.experts
+        if Entry(BROADCASTING, experts) in seconds and Entry(OURS, experts) in seconds
+    ]
+
+
 def _targets(
-    settings: LayerSettings, results: list[dict[str, Any]], growth: list[dict[str, Any]]
+    settings: LayerSettings,
+    results: list[dict[str, Any]],
+    growth: list[dict[str, Any]],
+    broadcast: list[dict[str, Any]],
 ) -> list[dict[str, Any]]:
     """The promises that this run can judge: only those of the promised size."""
     if any(getattr(settings, name) != value for name, value in PROMISED_SIZE.items()):
@@ -181,6 +213,11 @@ def _targets(
         (f"{row['dtype']}: growth of megamoe from 8 to 64 experts", GROWTH_LIMIT, row)
         for row in growth
         if (row["contestant"], row["from"], row["to"]) == (OURS, 8, 64)
+    ]
+    judged += [
+        (f"{row['dtype']}: broadcasting 5 % of the tokens, 8 experts", BROADCAST_MARGIN * row["predicted"], row)
+        for row in broadcast
+        if row["experts"] == 8
     ]
     return [target(name, limit, value["median"]) for name, limit, value in judged]
 
@@ -208,4 +245,7 @@ def markdown(report: dict[str, Any]) -> str:
     if report["growth"]:
         growth = [(r["dtype"], r["contestant"], f"{r['from']} to {r['to']}", in_words(r)) for r in report["growth"]]
         parts.append(as_table(("dtype", "layer", "experts", "time grows by the factor"), growth))
+    if report["broadcast"]:
+        costs = [(r["dtype"], r["experts"], f"{r['predicted']:.2f}", in_words(r)) for r in report["broadcast"]]
+        parts.append(as_table(("dtype", "experts", "5 % broadcast, predicted", "over megamoe without"), costs))
     return "\n\n".join([*parts, *closing(report)]) + "\n"

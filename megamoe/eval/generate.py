@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from megamoe.common.determinism import stream_seed
+from megamoe.common.errors import ConfigError
+from megamoe.config.run import RunConfig
+from megamoe.data.conversations import Turn
+from megamoe.data.template import ChatTemplate
 from megamoe.data.tokenizer import Tokenizer
 from megamoe.eval.loading import any_rank
 from megamoe.model.decoder import Decoder
@@ -30,30 +35,60 @@ class Sampling:
     seed: int = 0
 
 
+Encode = Callable[[str], list[int]]
+
+
 def generate(
-    model: Decoder, tokenizer: Tokenizer, prompts: list[str], sampling: Sampling, runtime: Runtime
+    model: Decoder,
+    tokenizer: Tokenizer,
+    prompts: list[str],
+    sampling: Sampling,
+    runtime: Runtime,
+    encode: Encode | None = None,
 ) -> list[list[str]]:
     """Continuations of each prompt, in order, on every rank. Collective; prompts are shared among the ranks.
 
     A prompt's continuations depend on the seed and its place in the list, not on the number of ranks.
+
+    Args:
+        encode: the tokens of a prompt; None: the end-of-document token, then those of its text.
     """
+    encode = encode or (lambda text: [tokenizer.eod_id, *tokenizer.encode(text)])
     mine: dict[int, list[str]] = {}
     for start in range(0, len(prompts), runtime.world_size):
         index = start + runtime.rank
         # Every rank generates in every round, because the experts' exchange needs all of them.
         prompt = prompts[index] if index < len(prompts) else ""
-        rows = _continue(model, tokenizer, prompt, sampling, index, runtime, idle=index >= len(prompts))
+        rows = _continue(model, tokenizer, encode(prompt), sampling, index, runtime, idle=index >= len(prompts))
         if index < len(prompts):
             mine[index] = rows
     everyone = {i: rows for part in collectives.gather_objects(mine) for i, rows in part.items()}
     return [everyone[i] for i in range(len(prompts))]
 
 
+def chat_prompt(config: RunConfig, tokenizer: Tokenizer, system: str | None) -> Encode:
+    """The tokens before the answer to a user's message, in the template that the model was fine-tuned with.
+
+    Raises:
+        ConfigError: the checkpoint is not one of fine-tuning.
+    """
+    if config.finetune is None:
+        raise ConfigError(
+            "This model knows no conversations.",
+            got="--chat, and a checkpoint of pretraining",
+            expected="a checkpoint of launch/finetune.py",
+            todo="leave --chat out",
+        )
+    template = ChatTemplate(config.finetune.template, tokenizer)
+    before = [Turn("system", system, False)] if system is not None else []
+    return lambda text: template.prompt_ids([*before, Turn("user", text, False)])
+
+
 @torch.no_grad()
 def _continue(
     model: Decoder,
     tokenizer: Tokenizer,
-    prompt: str,
+    prompt: list[int],
     sampling: Sampling,
     index: int,
     runtime: Runtime,
@@ -61,7 +96,7 @@ def _continue(
     idle: bool,
 ) -> list[str]:
     generator = torch.Generator(runtime.device).manual_seed(stream_seed(sampling.seed, "generate", index))
-    tokens = torch.tensor([[tokenizer.eod_id, *tokenizer.encode(prompt)]], device=runtime.device)
+    tokens = torch.tensor([prompt], device=runtime.device)
     tokens_BS = tokens.expand(sampling.samples, -1)
     caches, finished_B = model.new_caches(), torch.full((sampling.samples,), idle, device=runtime.device)
     written: list[Tensor] = []

@@ -157,9 +157,24 @@ def test_evaluation_and_generation_never_hear_of_it(tuned: Run, tmp_path: Path) 
         assert run_script(EVALUATE, ["--checkpoint", str(checkpoint), "--out", str(out), *words])[0].returncode == 0
         scores.append(out.read_text())
     assert scores[0] == scores[1]
-    (outcome,) = run_script(GENERATE, ["--checkpoint", str(checkpoint), "--prompt", "each", "--max-new-tokens", "12"])
-    assert outcome.returncode == 0
-    assert "each" in outcome.stdout
+
+
+def test_a_fine_tuned_model_answers(trained: Run, tuned: Run, tmp_path: Path) -> None:
+    """At temperature 0 it writes what validation counts as an exact match."""
+    answer, path = {word: "yes" if len(word) > 4 else "no" for word in WORDS}, tmp_path / "asked.jsonl"
+    lines = ({"prompt": f"{word} then?", "completion": text} for word, text in answer.items())
+    path.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    source = f"finetune.sources=[{{name: pairs, path: {path}, validation: {path}, repeat: 4}}]"
+    start(tuned, source, "moe.broadcast=null", "training.steps=40", "training.optimizer.lr=1e-2", ranks=1)
+    known = tuned.metrics()[-1]["exact_match.pairs"]
+    words = ["--checkpoint", str(tuned.folder), "--chat", "--temperature", "0", "--max-new-tokens", "12"]
+    (outcome,) = run_script(GENERATE, [*words, *(part for word in answer for part in ("--prompt", f"{word} then?"))])
+    answers = [part.rpartition("then?")[2].strip() for part in outcome.stdout.split("--- ")[1:]]
+    right = [given == expected for given, expected in zip(answers, answer.values(), strict=True)]
+    assert sum(right) / len(right) == pytest.approx(known)
+    assert known > 0
+    text = one_error(*run_script(GENERATE, ["--checkpoint", str(trained.folder), "--chat"]))
+    assert "knows no conversations" in text
 
 
 def test_epochs_decide_the_steps(tuned: Run) -> None:

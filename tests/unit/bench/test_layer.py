@@ -7,24 +7,34 @@ import pytest
 import torch
 
 from megamoe.bench import layer as bench
-from megamoe.bench.contestants import CONTESTANTS, DENSE, OURS, Contestant, LayerShape
+from megamoe.bench.contestants import BROADCASTING, CONTESTANTS, DENSE, OURS, Contestant, LayerShape
 from megamoe.bench.layer import LayerSettings, bench_layer, forward_backward, markdown
 
 TINY = LayerSettings(
-    tokens=16, hidden=8, ffn=12, experts=(2, 4), threads=1, rounds=2, warmup=0, contestants=(OURS, "deepspeed no drop")
+    tokens=16,
+    hidden=8,
+    ffn=12,
+    experts=(2, 4),
+    threads=1,
+    rounds=2,
+    warmup=0,
+    contestants=(OURS, BROADCASTING, "deepspeed no drop"),
 )
+NAMES = (OURS, BROADCASTING, "deepspeed no drop")
 
 
 def test_the_report_has_every_contestant_at_every_size() -> None:
     report = json.loads(json.dumps(bench_layer(TINY, note="a remark")))
     measured = {(row["dtype"], row["contestant"], row["experts"]) for row in report["results"]}
-    sizes = {(DENSE, 0), (OURS, 2), (OURS, 4), ("deepspeed no drop", 2), ("deepspeed no drop", 4)}
+    sizes = {(DENSE, 0), *((name, experts) for name in NAMES for experts in (2, 4))}
     assert measured == {(dtype, *size) for dtype in ("fp32", "bf16") for size in sizes}
     for row in report["results"]:
         for values in (row["seconds"], row["ratio_to_dense"]):
             assert 0 < values["min"] <= values["median"] <= values["max"]
     grown = {(row["dtype"], row["contestant"], row["from"], row["to"]) for row in report["growth"]}
-    assert grown == {(dtype, name, 2, 4) for dtype in ("fp32", "bf16") for name in (OURS, "deepspeed no drop")}
+    assert grown == {(dtype, name, 2, 4) for dtype in ("fp32", "bf16") for name in NAMES}
+    predicted = {(row["dtype"], row["experts"], row["predicted"]) for row in report["broadcast"]}
+    assert predicted == {(dtype, *pair) for dtype in ("fp32", "bf16") for pair in ((2, 1.0), (4, 1.05))}
     assert report["targets"] == []  # nothing is promised for this size
     assert report["conditions"]["note"] == "a remark"
     assert report["conditions"]["packages"]["torch"] == torch.__version__
@@ -46,12 +56,14 @@ def test_promises_are_judged_at_the_promised_size_only() -> None:
     settings = LayerSettings(experts=(8, 64))
     slow = {"dtype": "fp32", "contestant": OURS, "experts": 8, "ratio_to_dense": {"median": 1.16}}
     grown = {"dtype": "bf16", "contestant": OURS, "from": 8, "to": 64, "median": 1.2}
-    judged = bench._targets(settings, [slow], [grown])
-    assert [(t["limit"], t["value"], t["holds"]) for t in judged] == [(1.15, 1.16, False), (1.25, 1.2, True)]
-    assert bench._targets(replace(settings, tokens=512), [slow], [grown]) == []
+    cost = {"dtype": "fp32", "experts": 8, "predicted": 1.0, "median": 1.2}
+    judged = bench._targets(settings, [slow], [grown], [cost])
+    reached = [(t["limit"], t["value"], t["holds"]) for t in judged]
+    assert reached == [(1.15, 1.16, False), (1.25, 1.2, True), (1.1, 1.2, False)]
+    assert bench._targets(replace(settings, tokens=512), [slow], [grown], [cost]) == []
 
 
-@pytest.mark.parametrize("name", [DENSE, OURS])
+@pytest.mark.parametrize("name", [DENSE, OURS, BROADCASTING])
 def test_a_turn_is_a_forward_and_a_backward_pass(name: str) -> None:
     contestant = next(c for c in CONTESTANTS if c.name == name)
     shape = LayerShape(hidden=8, ffn=12, experts=4, top_k=2)
