@@ -42,8 +42,10 @@ def architecture(config: RunConfig, vocab_size: int) -> dict[str, Any]:
         values |= {f"moe.router.{name}": getattr(router, name) for name in _ROUTER if hasattr(router, name)}
         mode = config.moe.capacity.mode
         values["moe.capacity.mode"] = mode if mode in _FOLLOWING else "dropless or static"
-        if config.moe.broadcast is not None:  # its thresholds are in the checkpoint
-            values["moe.broadcast"] = "on"
+        if config.moe.broadcast is not None:
+            broadcast = config.moe.broadcast
+            measured = broadcast.threshold == "quantile"  # and then in the checkpoint
+            values["moe.broadcast"] = f"quantile {broadcast.quantile}" if measured else f"fixed {broadcast.entropy}"
     return values
 
 

@@ -36,10 +36,16 @@ def _json(values: object) -> str:
 def _batch(config: RunConfig, world_size: int) -> str:
     training, steps = config.training, accumulation_steps(config, world_size)
     tokens = training.global_batch_size * config.data.seq_length
+    epochs = config.finetune.epochs if config.finetune is not None else None
+    whole = (
+        f"{tokens * training.steps:,} in {training.steps:,} steps"
+        if epochs is None
+        else f"as many steps as {epochs} passes over the conversations take"
+    )
     return (
         f"{training.global_batch_size} sequences = {training.micro_batch_size} per micro-batch "
         f"x {steps} accumulated x {data_parallel_size(config, world_size)} data-parallel\n"
-        f"{tokens:,} tokens per step, {tokens * training.steps:,} in {training.steps:,} steps"
+        f"{tokens:,} tokens per step, {whole}"
     )
 
 

@@ -40,7 +40,7 @@ def load_config(paths: Sequence[str | Path], overrides: Sequence[str] = (), base
     values = merge(base or {}, _merged(sources[: len(paths)], sources[len(paths) :]))
     # Without what could not be read, rules would judge defaults that the user never chose.
     config, found = check(values, sources, rules=() if unread else RULES)
-    raise_all([*unread, *found], todo=_advice(paths, overrides))
+    raise_all([*unread, *found], todo=_advice(paths, overrides, base is not None))
     assert config is not None
     return config
 
@@ -76,8 +76,11 @@ def dump_config(config: RunConfig) -> Values:
     return config.model_dump(mode="json")
 
 
-def _advice(paths: Sequence[str | Path], overrides: Sequence[str]) -> str:
-    command = shlex.join(["python", "-m", "megamoe", "check", *map(str, paths), *overrides])
+def _advice(paths: Sequence[str | Path], overrides: Sequence[str], on_base: bool) -> str:
+    words = ["python", "-m", "megamoe", "check", *map(str, paths), *overrides]
+    if on_base:  # which `check` does not know
+        words = ["python", "launch/finetune.py", "--dry-run", "--config", *map(str, paths), *overrides]
+    command = shlex.join(words)
     return f"correct them and look at the result with: {command}"
 
 

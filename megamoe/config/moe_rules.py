@@ -169,11 +169,16 @@ def broadcast_quantile_is_measured(config: RunConfig) -> Iterator[Problem]:
         yield Problem("moe.broadcast.threshold", what, ("finetune",))
 
 
-def broadcast_experts_exist(config: RunConfig) -> Iterator[Problem]:
-    broadcast, experts = config.moe.broadcast, config.moe.num_experts
-    if broadcast is not None and broadcast.top_m is not None and broadcast.top_m > experts > 0:
+def broadcast_reaches_more_experts(config: RunConfig) -> Iterator[Problem]:
+    broadcast, experts, top_k = config.moe.broadcast, config.moe.num_experts, config.moe.top_k
+    if broadcast is None or broadcast.top_m is None:
+        return
+    if broadcast.top_m > experts > 0:
         what = f"{broadcast.top_m} is more than moe.num_experts {experts}; null takes all of them"
         yield Problem("moe.broadcast.top_m", what, ("moe.num_experts",))
+    elif broadcast.top_m <= top_k:
+        what = f"{broadcast.top_m} experts are no more than moe.top_k {top_k}, which a token reaches anyway"
+        yield Problem("moe.broadcast.top_m", what, ("moe.top_k",))
 
 
 MOE_RULES: tuple[Callable[[RunConfig], Iterator[Problem]], ...] = (
@@ -195,5 +200,5 @@ MOE_RULES: tuple[Callable[[RunConfig], Iterator[Problem]], ...] = (
     sigmoid_weights_are_normalised,
     broadcast_needs_scores,
     broadcast_quantile_is_measured,
-    broadcast_experts_exist,
+    broadcast_reaches_more_experts,
 )

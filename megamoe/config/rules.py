@@ -75,9 +75,14 @@ def micro_batches_fill_global_batch(config: RunConfig) -> Iterator[Problem]:
         yield Problem("training.global_batch_size", what, ("training.micro_batch_size",))
 
 
+def _length_is_known(config: RunConfig) -> bool:
+    """Not where `finetune.epochs` decides it: then these rules are judged once the data has been read."""
+    return config.finetune is None or config.finetune.epochs is None
+
+
 def warmup_ends_before_training(config: RunConfig) -> Iterator[Problem]:
     warmup, steps = config.training.schedule.warmup_steps, config.training.steps
-    if warmup >= steps:
+    if warmup >= steps and _length_is_known(config):
         what = f"{warmup} steps of warm-up do not end before training.steps {steps}"
         yield Problem("training.schedule.warmup_steps", what, ("training.steps",))
 
@@ -85,7 +90,8 @@ def warmup_ends_before_training(config: RunConfig) -> Iterator[Problem]:
 def wsd_phases_fit(config: RunConfig) -> Iterator[Problem]:
     schedule, steps = config.training.schedule, config.training.steps
     decay = schedule.decay_fraction * steps
-    if schedule.type == "wsd" and schedule.warmup_steps < steps < schedule.warmup_steps + decay:
+    phases = schedule.type == "wsd" and _length_is_known(config)
+    if phases and schedule.warmup_steps < steps < schedule.warmup_steps + decay:
         what = (
             f"the decay over {schedule.decay_fraction} of training.steps {steps} would begin before the "
             f"{schedule.warmup_steps} steps of warm-up end"
@@ -96,7 +102,7 @@ def wsd_phases_fit(config: RunConfig) -> Iterator[Problem]:
 
 def stop_lies_within_steps(config: RunConfig) -> Iterator[Problem]:
     stop, steps = config.training.stop_after_step, config.training.steps
-    if stop is not None and stop > steps:
+    if stop is not None and stop > steps and _length_is_known(config):
         yield Problem("training.stop_after_step", f"{stop} is after training.steps {steps}", ("training.steps",))
 
 

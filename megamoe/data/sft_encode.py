@@ -6,7 +6,7 @@ import contextlib
 import math
 import os
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -72,9 +72,11 @@ def tokenize_sources(
     """Read, tokenize and split every source; what is missing is told per source, in the order of `config.sources`.
 
     Raises:
-        DataError: a source cannot be read or holds no usable conversation, or lines are bad or conversations too long
-            and the settings do not allow for that; one error tells all lines of all sources.
+        DataError: a source cannot be read, holds no usable conversation or learns from what is held out, or lines are
+            bad or conversations too long and the settings do not allow for that; one error tells all lines of all
+            sources.
     """
+    _refuse_overlap(config.sources)
     collected = _Collected(config, ChatTemplate(config.template, tokenizer, config.loss_on), seq_length)
     with _bar(sum(map(_num_bytes, config.sources)), progress) as advance:
         lefts = [collected.add_source(number, source, advance) for number, source in enumerate(config.sources)]
@@ -194,6 +196,20 @@ def _refuse_long(lefts: list[Left], seq_length: int) -> None:
             expected=f"at most data.seq_length = {seq_length} tokens, template and end of document included",
             todo="raise data.seq_length, leave them out (finetune.too_long=drop), or cut their ends off "
             "(finetune.too_long=truncate)",
+        )
+
+
+def _refuse_overlap(sources: Sequence[ConversationSource]) -> None:
+    """A file that is held out is not learnt from as well, by any source."""
+    learnt = {file.resolve(): s.name for s in sources for _, file in conversation_files(s.path)}
+    held_out = {f.resolve() for s in sources if s.validation is not None for _, f in conversation_files(s.validation)}
+    both = sorted(learnt.keys() & held_out)
+    if both:
+        raise DataError(
+            "Conversations are held out for validation and learnt from.",
+            got=", ".join(f"{file} (in {learnt[file]})" for file in both[:4]),
+            expected="validation files outside of every source's path",
+            todo="move them, or name the other files one by one",
         )
 
 

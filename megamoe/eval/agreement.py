@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from megamoe.common.errors import ConfigError
-from megamoe.data.batch import Batch
+from megamoe.data.batch import PADDING, Batch
 from megamoe.eval.routing import Routed, Thresholds, in_turn, measure_entropy, on_routers, routed_layers
 from megamoe.model.decoder import Decoder
 from megamoe.moe.layer import MoELayer
@@ -123,10 +123,15 @@ def expert_gains(model: Decoder, batch: Batch) -> dict[int, Gains]:
     with torch.enable_grad(), on_routers(model, keep), _probes(layers) as probes:
         loss = model(*batch._replace(targets=1.0)).cross_entropy
     grads = torch.autograd.grad(loss, [probes[block] for block in layers])
-    return {
-        block: _gains(layer, seen[block], grad.flatten(0, -2))
-        for (block, layer), grad in zip(layers.items(), grads, strict=True)
-    }
+    flat = (_routed_rows(grad, batch) for grad in grads)
+    return {block: _gains(layer, seen[block], grad) for (block, layer), grad in zip(layers.items(), flat, strict=True)}
+
+
+def _routed_rows(grad_BSD: Tensor, batch: Batch) -> Tensor:
+    """Of the rows that routers see: padding goes to no expert."""
+    if batch.documents_BS is None:
+        return grad_BSD.flatten(0, -2)
+    return grad_BSD[batch.documents_BS != PADDING]
 
 
 def agreement(gains: Gains) -> Tensor:

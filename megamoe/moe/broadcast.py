@@ -36,9 +36,10 @@ class Broadcast(nn.Module):
     def __init__(self, config: BroadcastConfig, num_experts: int, layer: int = 0) -> None:
         super().__init__()
         self.config, self.num_experts, self.layer = config, num_experts, layer
-        # In the checkpoint, because it is measured on a model that changes afterwards. NaN: not measured yet.
-        value = config.entropy if config.threshold == "fixed" else math.nan
-        self.register_buffer("threshold", torch.tensor(value, dtype=torch.float32))
+        # In the checkpoint where it is measured, on a model that changes afterwards. NaN: not measured yet.
+        measured = config.threshold == "quantile"
+        value = torch.tensor(math.nan if measured else config.entropy, dtype=torch.float32)
+        self.register_buffer("threshold", value, persistent=measured)
 
     def decide(self, probs_TE: Tensor, sequences_T: Tensor | None, token_ids_T: Tensor | None = None) -> Decision:
         """The tokens that are broadcast.
@@ -84,7 +85,8 @@ class Broadcast(nn.Module):
 
     def metrics(self, decision: Decision, token_ids_A: Tensor, top_k: int) -> Metrics:
         """`uncertain_share`, `broadcast_share`: of the tokens. `entropy_histogram`: of the normalised entropy, [32].
-        `dropped_uncertain`: of the choices that experts dropped, those of uncertain tokens, which found no slot.
+        `dropped_uncertain`: of the choices that experts dropped, those of uncertain tokens, which found no slot; 0
+        where none was dropped. Of one micro-batch: what is reported is the mean over them, however full each is.
 
         Args:
             token_ids_A: of the assignments that were kept.

@@ -203,6 +203,8 @@ def _problem(entry: dict[str, Any], source: Source) -> Problem:
 
 def _contradictions(plan: StudyPlan) -> list[Problem]:
     problems = []
+    if plan.start is None and plan.judge == "exact_match":
+        problems.append(Problem("judge", "exact_match is of models that fine-tune, which needs start"))
     if plan.start is None and "sensitivity" in plan.measures:
         problems.append(Problem("measures", "sensitivity is of models that fine-tune, which needs start"))
     if plan.start is not None and "start" in plan.arms:

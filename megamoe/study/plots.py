@@ -86,7 +86,7 @@ def _colours(results: dict[str, Any]) -> dict[str, str]:
 
 
 def _compared(results: dict[str, Any], arms: dict[str, Any]) -> list[str]:
-    return [name for name, arm in arms.items() if "validation_loss" in arm["differences"]]
+    return [name for name, arm in arms.items() if {"validation_loss", results["judge"]} <= arm["differences"].keys()]
 
 
 def _differences(results: dict[str, Any], arms: dict[str, Any], colours: dict[str, str]) -> Figure | None:

@@ -135,16 +135,19 @@ def _of(
     return Run(arm, seed, folder, words, load_arm(files, overrides, start), script)
 
 
-def unfinished(runs: Sequence[Run], fresh: bool) -> list[Run]:
+def unfinished(runs: Sequence[Run], fresh: bool, anew: Sequence[Run] = ()) -> list[Run]:
     """The runs that are left to do.
 
     Args:
         fresh: delete runs that were made with other settings; else they are refused.
+        anew: starts that are still to be made: what was fine-tuned from earlier ones counts as made otherwise.
 
     Raises:
         ConfigError: a folder holds a run with other settings.
     """
-    strangers = [run for run in runs if (run.folder / "config.json").exists() and not run.same_configuration()]
+    seeds = {start.seed for start in anew}
+    there = [run for run in runs if (run.folder / "config.json").exists()]
+    strangers = [run for run in there if run.seed in seeds or not run.same_configuration()]
     if strangers and not fresh:
         raise ConfigError(
             "The study's folder holds runs with other settings.",

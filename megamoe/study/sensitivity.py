@@ -39,6 +39,7 @@ def measure_sensitivities(subjects: Sequence[Subject]) -> list[dict[str, float]]
 
     Returns:
         `sensitivity`: loss added by random experts for uncertain tokens, `sensitivity_random`: for as many random ones;
+        `replaced_share`: how many these are, of all tokens, since an arm that trains its router has others;
         `agreement`, `agreement_certain`: of the chosen experts with those of largest gain, for uncertain tokens and for
         the others.
     """
@@ -69,7 +70,7 @@ def _measure(subjects: Sequence[Subject]) -> None:
 
 def _batches(subject: Subject, runtime: Runtime) -> list[Batch]:
     loader = SFTLoader(open_sft(subject.run / "data"), "validation", 0)
-    count = min(ROWS, loader.num_rows) // BATCH
+    count = -(-min(ROWS, loader.num_rows) // BATCH)
     return [loader.rank_batch(i * BATCH, 0, 0, 1, BATCH, 1).to(runtime.device) for i in range(count)]
 
 
@@ -77,15 +78,17 @@ def _of(subject: Subject, batches: Sequence[Batch], thresholds: dict[int, float]
     model, _ = load_model(open_checkpoint(subject.checkpoint, (), 1), runtime)
     report = measure_sensitivity(model, batches, thresholds, runtime, DRAWS)
     blocks = measure_agreement(model, batches, runtime, thresholds).blocks
-    return {
+    values = {
         "sensitivity": report.arms["uncertain"].change,
         "sensitivity_random": report.arms["random"].change,
+        "replaced_share": report.replaced_share,
         "agreement": _mean([block.uncertain for block in blocks]),
         "agreement_certain": _mean([block.certain for block in blocks]),
     }
+    return {name: value for name, value in values.items() if value is not None}
 
 
-def _mean(blocks: Sequence[Agreement]) -> float:
-    """Over blocks, each counting by its tokens."""
+def _mean(blocks: Sequence[Agreement]) -> float | None:
+    """Over blocks, each counting by its tokens; None without any."""
     tokens = sum(block.tokens for block in blocks)
-    return sum(block.tokens * (block.share or 0.0) for block in blocks) / max(1, tokens)
+    return sum(block.tokens * (block.share or 0.0) for block in blocks) / tokens if tokens else None

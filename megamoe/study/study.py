@@ -72,7 +72,8 @@ def run_study(study: Study, options: Options) -> Outcome:
         for arm in study.arms.values():
             cost_config(study, arm)
     if options.phase in ("train", "all"):
-        first, left = unfinished(starts, options.fresh), unfinished(runs, options.fresh)
+        first = unfinished(starts, options.fresh)
+        left = unfinished(runs, options.fresh, first)
         _prepare_data(study)
         total, limit = len(starts) + len(runs), 60.0 * options.limit_minutes
         log.info("%d runs, %d of them complete already", total, total - len(first) - len(left))

@@ -184,6 +184,7 @@ COLUMNS: dict[Measure, tuple[Column, ...]] = {
         Column("loss added by random experts for uncertain tokens", _mean_cell("sensitivity", ".4f")),
         Column("difference [95 %]", lambda arm: difference(arm["differences"].get("sensitivity"))),
         Column("for as many random tokens", _mean_cell("sensitivity_random", ".4f")),
+        Column("tokens that these are", _share_cell("replaced_share")),
         Column("agreement with the best experts, uncertain tokens", _mean_cell("agreement", ".3f")),
         Column("other tokens", _mean_cell("agreement_certain", ".3f")),
     ),

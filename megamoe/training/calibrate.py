@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from megamoe.common.log import get_logger
 from megamoe.config.run import RunConfig
+from megamoe.data.sft import RowsSummary
 from megamoe.moe.broadcast import normalised_entropy
 from megamoe.moe.layer import MoELayer
 from megamoe.moe.routers.base import Router, Rows
@@ -26,20 +28,20 @@ BINS = 8192
 log = get_logger("megamoe.calibrate")
 
 
-def calibrate(engine: Engine, data: Loader, config: RunConfig, runtime: Runtime, rows: int) -> None:
+def calibrate(engine: Engine, data: Loader, config: RunConfig, runtime: Runtime, epoch: RowsSummary) -> None:
     """Set every block's threshold to the quantile that `moe.broadcast` asks for. Collective.
 
     Args:
         data: the training data, read from its beginning.
-        rows: samples of one pass over the data, which is read at most once.
+        epoch: one pass over the data, which is read at most once.
     """
     broadcast = config.moe.broadcast
     if broadcast is None or broadcast.threshold != "quantile":
         return
     size = config.training.global_batch_size
-    wanted = -(-broadcast.calibration_tokens // (size * config.data.seq_length))
+    wanted = math.ceil(broadcast.calibration_tokens / (size * config.data.seq_length * epoch.fill))
     with engine.evaluating(), _entropies(engine) as histograms:
-        for number in range(max(1, min(wanted, rows // size))):
+        for number in range(max(1, min(wanted, epoch.rows // size))):
             for batch in rank_batches(data, config, runtime, number * size):
                 engine.evaluate(batch)
     thresholds = []

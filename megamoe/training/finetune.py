@@ -23,7 +23,8 @@ from megamoe.training.checkpoint import folder as folders
 from megamoe.training.checkpoint.weights import load_weights
 from megamoe.training.engine import Engine
 from megamoe.training.interrupt import leave_at_once
-from megamoe.training.job import Job, carry_out, open_folder
+from megamoe.training.job import Job, carry_out, check_kind, open_folder
+from megamoe.training.run_folder import write_bytes
 from megamoe.training.setup import Runtime, distributed
 from megamoe.training.state import TrainState
 from megamoe.training.validation import answer_scores
@@ -44,7 +45,9 @@ def finetune(config: RunConfig, world_size: int) -> TrainState:
     with leave_at_once(), distributed(config.parallel, config.training.timeout_minutes) as runtime:
         random_state.seed_all(config.training.seed, runtime.rank)
         collectives.together(lambda: _check_start(config, start, manifest, runtime))
-        folder, tokenizer = open_folder(config, runtime), start / "tokenizer.model"
+        collectives.together(lambda: _check_folder(config) if runtime.rank == 0 else None)
+        folder = open_folder(config, runtime)
+        tokenizer = _own_tokenizer(folder, start, runtime)
         data = _open_data(config, tokenizer, folder / "data", runtime)
         config = with_steps(config, data.rows_per_epoch)
         check_world_size(config, world_size)
@@ -52,7 +55,7 @@ def finetune(config: RunConfig, world_size: int) -> TrainState:
         validate = partial(answer_scores, sources=_held_out(data), config=config, runtime=runtime)
 
         def begin(engine: Engine) -> None:
-            calibrate(engine, train_data, config, runtime, data.rows_per_epoch)
+            calibrate(engine, train_data, config, runtime, data.summary.train)
 
         job = Job(
             data=train_data,
@@ -75,7 +78,10 @@ def with_steps(config: RunConfig, rows_per_epoch: int) -> RunConfig:
     settings = config.finetune
     if settings is None or settings.epochs is None:
         return config
-    return changed(config, steps=-(-settings.epochs * rows_per_epoch // config.training.global_batch_size))
+    # Without epochs, so that the rules about the length are judged.
+    known = config.model_copy(update={"finetune": settings.model_copy(update={"epochs": None})})
+    known = changed(known, steps=-(-settings.epochs * rows_per_epoch // config.training.global_batch_size))
+    return known.model_copy(update={"finetune": settings})
 
 
 def _check_start(config: RunConfig, start: Path, manifest: folders.Manifest, runtime: Runtime) -> None:
@@ -89,6 +95,24 @@ def _check_start(config: RunConfig, start: Path, manifest: folders.Manifest, run
             todo="leave these settings out: they are taken from the checkpoint",
         )
     folders.verify(start, manifest, runtime.rank, runtime.world_size)
+
+
+def _check_folder(config: RunConfig) -> None:
+    """Whether the folder is this run's, before anything is written into it."""
+    for checkpoint in folders.complete(config.training.output_dir)[-1:]:
+        check_kind(checkpoint, config)
+
+
+def _own_tokenizer(folder: Path, start: Path, runtime: Runtime) -> Path:
+    """A copy in the run's folder, for every checkpoint to come: the start may be gone by then."""
+    path = folder / "tokenizer.model"
+
+    def copy() -> None:
+        if runtime.rank == 0:
+            write_bytes(path, (start / "tokenizer.model").read_bytes())
+
+    collectives.together(copy)
+    return path
 
 
 def _open_data(config: RunConfig, tokenizer: Path, folder: Path, runtime: Runtime) -> SFTData:

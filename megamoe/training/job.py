@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megamoe.common.errors import CheckpointError
 from megamoe.common.log import get_logger, setup_logging
 from megamoe.config.architecture import architecture
 from megamoe.config.run import RunConfig
@@ -122,6 +124,28 @@ def _remarks(config: RunConfig, model: Decoder) -> list[str]:
     return lines + (layers[0].router.remarks() if layers else [])
 
 
+def check_kind(folder: Path, config: RunConfig) -> None:
+    """Whether the checkpoint is of this kind of training, and of the same start: all else could be equal.
+
+    Raises:
+        CheckpointError: it is not.
+    """
+    try:
+        finetune = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("finetune")
+    except (OSError, ValueError, AttributeError) as error:
+        raise folders.damaged(folder, f"config.json cannot be read: {error}") from error
+    before = Path(finetune["checkpoint"]).resolve() if finetune else None
+    now = Path(config.finetune.checkpoint).resolve() if config.finetune is not None else None
+    if before != now:
+        kinds = (f"fine-tuning from {path}" if path is not None else "pretraining" for path in (before, now))
+        raise CheckpointError(
+            f"checkpoint {folder} is of another run",
+            got=f"one of {next(kinds)}",
+            expected=f"one of {next(kinds)}",
+            todo="choose another training.output_dir",
+        )
+
+
 def _find_checkpoint(config: RunConfig, digest: str, shape: dict[str, Any]) -> tuple[Path, folders.Manifest] | None:
     """The checkpoint to resume from, checked against this run. Rank 0 looks, so that all take the same one."""
     found = collectives.together(lambda: find(config.training) if collectives.rank() == 0 else None)
@@ -131,6 +155,7 @@ def _find_checkpoint(config: RunConfig, digest: str, shape: dict[str, Any]) -> t
 
     def checked() -> folders.Manifest:
         manifest = folders.read_manifest(folder)
+        check_kind(folder, config)
         check(folder, manifest, shape, topology_of(config), digest)
         folders.verify(folder, manifest, collectives.rank(), collectives.world_size())
         return manifest

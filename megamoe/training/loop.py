@@ -90,6 +90,8 @@ class Loop:
         if self.config.training.validation.batches == 0:
             return
         values = self.validate(self.engine)
+        if not values:
+            return
         self._write(dict(values))
         shown = (f"{name.replace('_', ' ')} {value:.4f}" for name, value in values.items() if "." not in name)
         progress.note(f"step {self.state.step}: {', '.join(shown)}")

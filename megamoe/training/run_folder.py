@@ -55,9 +55,18 @@ def _writing(folder: Path) -> Iterator[None]:
 
 def write_json(path: Path, values: Any) -> None:
     """Write whole or not at all: a reader never sees half a file."""
+    write_bytes(path, json.dumps(values, indent=1).encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write whole or not at all.
+
+    Raises:
+        ConfigError: the folder cannot be written.
+    """
     partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w") as file:
-        json.dump(values, file, indent=1)
+    with _writing(path.parent), partial.open("wb") as file:
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)

@@ -59,7 +59,9 @@ def select_trainable(model: nn.Module, config: RunConfig) -> Selection:
         )
     for router in (module for module in model.modules() if isinstance(module, Router)):
         own = list(router.parameters())
-        router.frozen = bool(own) and not any(parameter.requires_grad for parameter in own)
+        # One without parameters is frozen where that is asked for by name; no pattern can.
+        asked = config.moe.broadcast is not None and config.moe.broadcast.freeze_router
+        router.frozen = asked or (bool(own) and not any(parameter.requires_grad for parameter in own))
     return Selection(trained, total)
 
 

@@ -41,7 +41,10 @@ def answer_scores(engine: Engine, sources: Mapping[str, Rows], config: RunConfig
     `validation_loss`: mean cross entropy of the answers' tokens. `exact_match`: share of conversations all of whose
     answer tokens are the likeliest ones given those before, which is what greedy generation would write.
     `validation_loss.<source>`, `exact_match.<source>`: of one source; the overall `exact_match` is the mean of these.
+    Nothing where nothing is held out.
     """
+    if not sources:
+        return {}
     totals = {name: _total(engine, data, config, runtime) for name, data in sources.items()}
     per_source = {
         name: (nats / max(1.0, labels), exact / max(1.0, held)) for name, (nats, labels, exact, held) in totals.items()

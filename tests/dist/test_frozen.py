@@ -46,9 +46,18 @@ def train(overrides: tuple[str, ...]) -> parity.ParityRun:
     return parity.train_steps(tiny_config(CLIPPING, *overrides), STEPS)
 
 
+def train_parts(overrides: tuple[str, ...]) -> dict[str, parity.ParityRun]:
+    return {part: train((*overrides, *words)) for part, (_, words) in PARTS.items()}
+
+
 @functools.cache
+def parts_of(ranks: int, overrides: tuple[str, ...]) -> list[dict[str, parity.ParityRun]]:
+    """Every part trained in turn, per rank; one start of processes for all of them."""
+    return run_ranks(train_parts, ranks, overrides)
+
+
 def reference(part: str) -> parity.ParityRun:
-    return run_ranks(train, 1, ("parallel.zero_stage=0", *PARTS[part][1]))[0]
+    return parts_of(1, ("parallel.zero_stage=0",))[0][part]
 
 
 @functools.cache
@@ -75,7 +84,7 @@ def layout(ep: int, stage: int) -> tuple[str, ...]:
 @pytest.mark.parametrize("part", PARTS)
 def test_parts_equal_one_process(part: str, stage: int) -> None:
     """Also that experts of different ranks stay different ones, trained or not: the reference has them all."""
-    for one in run_ranks(train, 2, (*layout(2, stage), *PARTS[part][1])):
+    for one in (rank[part] for rank in parts_of(2, layout(2, stage))):
         assert_only_these_moved(part, one.weights, start())
         assert one.gradients.keys() == {name for name in start() if is_trained(part, name)}
         assert min(one.norms) > 0.0004, "clipping is not active"

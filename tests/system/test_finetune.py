@@ -110,9 +110,10 @@ def test_two_ranks_learn_what_one_does(tuned: Run, tmp_path: Path, more: tuple[s
     assert min(steps(two, "layers.0.sent_bytes")) > 0
 
 
-def test_resuming_equals_the_straight_run(tuned: Run, tmp_path: Path) -> None:
+@pytest.mark.parametrize("layout", [("parallel.zero_stage=1",), ("parallel.zero_stage=3", "training.precision=bf16")])
+def test_resuming_equals_the_straight_run(tuned: Run, tmp_path: Path, layout: tuple[str, ...]) -> None:
     straight = tuned.elsewhere(tmp_path / "straight")
-    more = (BROADCAST, "parallel.zero_stage=1")
+    more = (BROADCAST, *layout)
     start(straight, *more)
     start(tuned, *more, "training.stop_after_step=3")
     start(tuned, *more)
@@ -164,7 +165,8 @@ def test_a_fine_tuned_model_answers(trained: Run, tuned: Run, tmp_path: Path) ->
     answer, path = {word: "yes" if len(word) > 4 else "no" for word in WORDS}, tmp_path / "asked.jsonl"
     lines = ({"prompt": f"{word} then?", "completion": text} for word, text in answer.items())
     path.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
-    source = f"finetune.sources=[{{name: pairs, path: {path}, validation: {path}, repeat: 4}}]"
+    same = shutil.copyfile(path, tmp_path / "asked_again.jsonl")
+    source = f"finetune.sources=[{{name: pairs, path: {path}, validation: {same}, repeat: 4}}]"
     start(tuned, source, "moe.broadcast=null", "training.steps=40", "training.optimizer.lr=1e-2", ranks=1)
     known = tuned.metrics()[-1]["exact_match.pairs"]
     words = ["--checkpoint", str(tuned.folder), "--chat", "--temperature", "0", "--max-new-tokens", "12"]
@@ -235,6 +237,7 @@ def test_bad_lines_are_named_with_file_and_line(tuned: Run, tmp_path: Path) -> N
         (("data.seq_length=8",), ("too long", "finetune.too_long=drop", "pairs.jsonl:1")),
         (("training.trainable=['*.expert.*']",), ("training.trainable", "*.expert.*", "experts")),
         (("moe.broadcast={quantile: 1.5}",), ("moe.broadcast.quantile",)),
+        (("training.steps=4", "training.schedule.warmup_steps=9"), ("training.schedule.warmup_steps", "finetune.py")),
         (("moe.broadcast={top_m: 9}",), ("moe.broadcast.top_m", "moe.num_experts")),
     ],
     ids=lambda value: value[0][:28] if isinstance(value, tuple) else None,
@@ -250,6 +253,34 @@ def test_a_damaged_start(trained: Run, tuned: Run) -> None:
     content[len(content) // 2] ^= 1
     weights_file.write_bytes(content)
     assert "damaged" in refused(tuned)
+
+
+def test_the_folder_of_another_run(trained: Run, tuned: Run, tmp_path: Path) -> None:
+    """Nothing else may tell a plain fine-tuning from the pretraining that it starts from, or from another start."""
+    layout = ("parallel.ep=2", "parallel.zero_stage=1", "moe.broadcast=null")
+    before = trained.content()
+    words = [*tuned.words, *layout, f"training.output_dir={trained.folder}", "training.steps=20"]
+    text = one_error(*run_script(FINETUNE, words, ranks=2))
+    assert "is of another run" in text
+    assert "pretraining" in text
+    assert trained.content() == before
+    start(tuned, "moe.broadcast=null", "training.stop_after_step=3", ranks=1)
+    other = shutil.copytree(trained.folder, tmp_path / "other")
+    words = [*tuned.words, "moe.broadcast=null", f"finetune.checkpoint={other}"]
+    assert "is of another run" in one_error(*run_script(FINETUNE, words))
+
+
+def test_nothing_held_out_is_no_result(tuned: Run) -> None:
+    metrics = start(tuned, "moe.broadcast=null", "finetune.validation_fraction=0.0", "training.steps=2", ranks=1)
+    assert not [line for line in metrics if "validation_loss" in line]
+
+
+def test_held_out_files_are_not_learnt(tuned: Run, tmp_path: Path) -> None:
+    folder = tmp_path / "conversations"
+    source = f"finetune.sources=[{{name: all, path: {folder}, validation: {folder / 'chat.jsonl'}}}]"
+    text = refused(tuned, source)
+    assert "held out" in text
+    assert "chat.jsonl" in text
 
 
 def test_pretraining_does_not_take_it(tuned: Run) -> None:

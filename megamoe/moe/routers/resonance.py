@@ -133,15 +133,21 @@ class ResonanceRouter(Router):
     def keep(self, choice: Choice, limits: Limits | None, threshold: float, about: Rows) -> Tensor:
         if self.config.scope != "ep_group" or self.ep.size == 1:
             return super().keep(choice, limits, threshold, about)
-        # The affinities of all ranks' tokens, in the order of the ranks; never their rows. All ranks hold T rows.
-        experts_TK, affinity_TK = (
-            torch.cat(collectives.all_gather(x.detach(), self.ep.group))
-            for x in (choice.expert_ids_TK, choice.affinity_TK)
-        )
+        # The affinities of all ranks' tokens, in the order of the ranks; never their rows.
+        size = about.size or len(choice.expert_ids_TK)
+        experts_TK = self._of_all_ranks(choice.expert_ids_TK, size, self.num_experts)
+        affinity_TK = self._of_all_ranks(choice.affinity_TK.detach(), size, 0)
         if about.token_ids_T is not None:
-            about = Rows(torch.cat(collectives.all_gather(about.token_ids_T, self.ep.group)))
+            about = Rows(self._of_all_ranks(about.token_ids_T, size, 0))
         kept = super().keep(Choice(experts_TK, affinity_TK, affinity_TK), limits, threshold, about)
-        return kept.view(self.ep.size, -1)[self.ep.rank]
+        return kept.view(self.ep.size, -1)[self.ep.rank, : choice.expert_ids_TK.numel()]
+
+    def _of_all_ranks(self, values: Tensor, size: int, filler: int) -> Tensor:
+        """Values [T, ...] of every rank, one after the other, each filled up to `size` rows: without their padding,
+        ranks hold different numbers of rows."""
+        filled = values.new_full((size, *values.shape[1:]), filler)
+        filled[: len(values)] = values
+        return torch.cat(collectives.all_gather(filled, self.ep.group))
 
     def limits(self, num_tokens: int) -> Limits | None:
         if self.config.scope != "ep_group":

@@ -54,8 +54,10 @@ def load_weights(folder: Path, model: nn.Module) -> None:
     Raises:
         CheckpointError: a file or a tensor is missing, or a shape does not fit.
     """
-    target = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    wanted = {name for name in model.state_dict() if name in target and not _optional(name)}
+    own = model.state_dict().keys()
+    named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    target = {name: tensor for name, tensor in named.items() if name in own}
+    wanted = {name for name in own if name in target and not _optional(name)}
     for name, tensor in _read(folder, "dense.pt").items():
         if name in target or not _optional(name):
             _copy(folder, name, target, tensor, wanted)

@@ -63,7 +63,10 @@ BREAKERS: dict[str, list[tuple[list[str], str]]] = {
         (["moe.broadcast={threshold: fixed}", "moe.num_experts=0"], "moe.broadcast"),
     ],
     "broadcast_quantile_is_measured": [(["moe.broadcast={}"], "moe.broadcast.threshold")],
-    "broadcast_experts_exist": [(["moe.broadcast={threshold: fixed, top_m: 9}"], "moe.broadcast.top_m")],
+    "broadcast_reaches_more_experts": [
+        (["moe.broadcast={threshold: fixed, top_m: 9}"], "moe.broadcast.top_m"),
+        (["moe.broadcast={threshold: fixed, top_m: 2}"], "moe.broadcast.top_m"),
+    ],
     "heads_divide_hidden_size": [(["model.hidden_size=130"], "model.hidden_size")],
     "head_size_is_even": [
         (["model.head_size=33"], "model.head_size"),

@@ -336,7 +336,8 @@ LONG = [
 
 def test_bad_lines_of_all_sources_are_one_error(tmp_path: Path, tokenizer: Tokenizer):
     first, second = _write(tmp_path / "a.jsonl", MIXED), _write(tmp_path / "b.jsonl", [*MIXED, *["nope"] * 20])
-    sources = (_source(first), ConversationSource(name="t", path=str(second), validation=str(first)))
+    third = _write(tmp_path / "c.jsonl", MIXED)
+    sources = (_source(first), ConversationSource(name="t", path=str(second), validation=str(third)))
     with pytest.raises(DataError) as caught:
         SFTData.build(_config(tmp_path, sources=sources), tokenizer, S, SEED)
     message = str(caught.value)

@@ -60,10 +60,10 @@ def replaced(routed: Routed, which_T: torch.Tensor, seed: int = 0) -> RoutingPla
 @pytest.mark.parametrize("share", [0.3, 1.0])
 def test_a_plan_with_random_experts(build: Build, batches: list[Batch], router: str, share: float) -> None:
     for routed in routed_of(build(*ROUTERS[router]), batches[0]):
-        which_T = torch.rand(30, generator=torch.Generator().manual_seed(3)) < share
+        which_T = torch.rand(26, generator=torch.Generator().manual_seed(3)) < share
         plan, top_k = replaced(routed, which_T), routed.router.top_k
         old, new = weights(routed.plan), weights(plan)
-        for token in range(30):
+        for token in range(26):
             before, after = of_token(old, token), of_token(new, token)
             if not which_T[token]:
                 assert after == before, "bit for bit"
@@ -83,7 +83,7 @@ def test_a_plan_with_random_experts(build: Build, batches: list[Batch], router: 
 
 def test_every_other_expert_is_drawn_equally_often(build: Build, batches: list[Batch]) -> None:
     routed, drawn_E, draws = routed_of(build(), batches[0])[0], torch.zeros(8), 1200
-    generator, which_T = torch.Generator().manual_seed(0), torch.arange(30) == 4
+    generator, which_T = torch.Generator().manual_seed(0), torch.arange(26) == 4
     for _ in range(draws):
         plan = with_random_experts(routed, which_T, generator)
         drawn_E[plan.expert_ids_A[plan.token_ids_A == 4]] += 1
@@ -95,15 +95,15 @@ def test_every_other_expert_is_drawn_equally_often(build: Build, batches: list[B
 
 def test_nobody_is_replaced(build: Build, batches: list[Batch]) -> None:
     for routed in routed_of(build(), batches[0]):
-        plan = replaced(routed, torch.zeros(30, dtype=torch.bool))
+        plan = replaced(routed, torch.zeros(26, dtype=torch.bool))
         for name in ("token_ids_A", "expert_ids_A", "weights_A", "rows_per_expert_E"):
             assert_equal_bits(getattr(plan, name), getattr(routed.plan, name), name=name)
 
 
 def test_fewer_others_than_a_token_needs(build: Build, batches: list[Batch]) -> None:
     for routed in routed_of(build("moe.num_experts=4", "moe.top_k=3"), batches[0]):
-        old, new = weights(routed.plan), weights(replaced(routed, torch.ones(30, dtype=torch.bool)))
-        for token in range(30):
+        old, new = weights(routed.plan), weights(replaced(routed, torch.ones(26, dtype=torch.bool)))
+        for token in range(26):
             before, after = of_token(old, token).keys(), of_token(new, token).keys()
             assert len(after) == 3
             assert len(after & before) == 2, "the one other expert is in"
@@ -111,11 +111,11 @@ def test_fewer_others_than_a_token_needs(build: Build, batches: list[Batch]) -> 
 
 def test_probabilities_too_small_for_fp32(build: Build, batches: list[Batch]) -> None:
     routed = routed_of(build(), batches[0])[0]
-    certain_TE = torch.full((30, 8), -1e4)
+    certain_TE = torch.full((26, 8), -1e4)
     certain_TE[routed.plan.token_ids_A, routed.plan.expert_ids_A] = 0.0
     routed = routed._replace(plan=routed.plan._replace(logits_TE=certain_TE))
-    plan = replaced(routed, torch.ones(30, dtype=torch.bool))
-    assert plan.weights_A.tolist() == pytest.approx([0.5] * 60), "nothing to tell them apart by"
+    plan = replaced(routed, torch.ones(26, dtype=torch.bool))
+    assert plan.weights_A.tolist() == pytest.approx([0.5] * 52), "nothing to tell them apart by"
 
 
 def test_draws_follow_from_the_seed(build: Build, batches: list[Batch]) -> None:
@@ -136,7 +136,7 @@ def test_draws_follow_from_the_seed(build: Build, batches: list[Batch]) -> None:
 def test_uncertain_tokens_of_the_pass_itself(build: Build, batches: list[Batch]) -> None:
     first, second = routed_of(build(), batches[0])
     choose = uncertain_tokens({0: 0.0, 1: float(second.entropy_T[:26].median())})
-    assert choose(first).tolist() == [True] * 26 + [False] * 4, "no padding"
+    assert choose(first).tolist() == [True] * 26, "routers see no padding"
     expected_T = second.real_T & (second.entropy_T >= second.entropy_T[:26].median())
     assert 0 < int(expected_T.sum()) < 26
     assert torch.equal(choose(second), expected_T)

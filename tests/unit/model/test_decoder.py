@@ -150,7 +150,8 @@ def test_scores_of_labels_have_the_loss_as_their_mean(overrides: list[str]) -> N
     changed_BS[1, 4] = likeliest
     changed = model(tokens_BS, changed_BS, each=True).scores
     assert changed.right_BS[1, 4]
-    assert (changed.losses_BS != output.scores.losses_BS).nonzero().tolist() == [[1, 4]] * (likeliest != labels_BS[1, 4])
+    moved = (changed.losses_BS != output.scores.losses_BS).nonzero().tolist()
+    assert moved == [[1, 4]] * (likeliest != labels_BS[1, 4])
 
 
 def test_labels_that_do_not_count() -> None:

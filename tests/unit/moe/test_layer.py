@@ -230,8 +230,8 @@ PADDED_BS = torch.tensor([[0] * 12, [0] * 5 + [1] * 4 + [-1] * 3, [-1] * 12, [0]
 
 @pytest.mark.parametrize("router", ROUTERS)
 def test_padding_goes_to_no_expert(router: str) -> None:
-    """Its output is that of the shared experts, and everything else is as if it were not there: dropless, so that it shows
-    bit for bit."""
+    """Its output is that of the shared experts, and everything else is as if it were not there: dropless, so that it
+    shows bit for bit."""
     layer, x, real_BS = build(router, shared=1), inputs(), PADDED_BS >= 0
     out, aux = layer(x, documents=PADDED_BS)
     alone, expected = layer(x[real_BS])
