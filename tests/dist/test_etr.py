@@ -11,6 +11,7 @@ from megamoe.config.moe import CapacityConfig, MoEConfig
 from megamoe.config.routers import ResonanceRouterConfig, TopKRouterConfig
 from megamoe.moe.layer import MoELayer
 from megamoe.moe.placement import ExpertParallel
+from megamoe.moe.routers import Rows
 from megamoe.moe.types import RoutingPlan
 from megamoe.parallel.groups import RankGroup, build_groups
 from megamoe.parallel.topology import Topology
@@ -231,6 +232,30 @@ def test_ep_group_scope_chooses_as_one_process_with_all_tokens() -> None:
         found |= set(zip(places, result.plan.expert_ids_A.tolist(), strict=True))
     assert found == pairs
     assert len(pairs) < 2 * TOKENS * RANKS
+
+
+HELD = (96, 0, 41, 17)
+"""Rows of each rank that are no padding."""
+
+
+def across_uneven_ranks(drop: str) -> list[tuple[int, int]]:
+    """What a rank's tokens may go to, as (place among all, expert); every rank asks for a capacity of 96 rows."""
+    capacity = CapacityConfig(mode="static", factor=0.2, drop=drop)
+    layer, rank = build(moe(capacity, scope="ep_group"), ep_group(RANKS)), dist.get_rank()
+    about = Rows(torch.arange(HELD[rank]) + rank, None, TOKENS)
+    plan = layer.router(tokens(rank)[: HELD[rank]], about)
+    return list(zip((plan.token_ids_A + sum(HELD[:rank])).tolist(), plan.expert_ids_A.tolist(), strict=True))
+
+
+@pytest.mark.parametrize("drop", ["affinity", "position"])
+def test_ep_group_scope_with_different_numbers_of_rows(drop: str) -> None:
+    """Ranks hold different numbers of rows where conversations leave different paddings."""
+    alone = build(moe(CapacityConfig(mode="static", factor=0.2, drop=drop)), None)
+    rows_TD = torch.cat([tokens(rank)[: HELD[rank]] for rank in range(RANKS)])
+    expected = alone.router(rows_TD, Rows(None, None, RANKS * TOKENS))
+    pairs = sorted(zip(expected.token_ids_A.tolist(), expected.expert_ids_A.tolist(), strict=True))
+    assert sorted(pair for found in run_ranks(across_uneven_ranks, RANKS, drop) for pair in found) == pairs
+    assert len(pairs) < 2 * sum(HELD)
 
 
 # Nodes
