@@ -9,10 +9,11 @@ from pathlib import Path
 
 import psutil
 import pytest
+import yaml
 
 from megamoe.testing.configs import TINY
 from megamoe.testing.launches import command, launch, outcome, started
-from megamoe.testing.runs import Run, prepared_run
+from megamoe.testing.runs import WORDS, Run, prepared_run
 from megamoe.training.checkpoint import folder as folders
 
 pytestmark = pytest.mark.slow
@@ -67,6 +68,55 @@ def test_a_study_from_its_file_to_its_page(words: list[str]) -> None:
     other = launch("python", "megamoe/__main__.py", [*words, "moe.top_k=1", "--phase", "train"], timeout=120)
     assert other.returncode == 2, other.output
     assert "holds runs with other settings" in other.output
+
+
+def test_a_study_that_fine_tunes(tmp_path: Path) -> None:
+    """One model is pretrained and both arms start from it; with another start, what was made of it counts no more."""
+    (tmp_path / "base.yaml").write_text("parallel: {ep: 1, zero_stage: 0}\n")
+    lines = [{"prompt": f"{word}?", "completion": "yes" if len(word) > 4 else "no"} for word in WORDS]
+    for name in ("learn", "ask"):
+        (tmp_path / f"{name}.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    prepared = prepared_run(tmp_path, "training.steps=2", "training.schedule.warmup_steps=1")
+    source = {"name": "words", "path": str(tmp_path / "learn.jsonl"), "validation": str(tmp_path / "ask.jsonl")}
+    tuning = {"data": {"seq_length": 64}, "training": {"steps": 3, "micro_batch_size": 2, "global_batch_size": 4}}
+    tuning |= {"parallel": {"zero_stage": 0}, "finetune": {"checkpoint": "set for each seed", "sources": [source]}}
+    (tmp_path / "tune.yaml").write_text(yaml.safe_dump(tuning))
+    plan = {
+        "title": "Small",
+        "question": "Is it all there?",
+        "start": {"config": ["base.yaml"], "set": [*TINY, *(w for w in prepared if "output_dir" not in w)]},
+        "config": ["tune.yaml"],
+        "baseline": "plain",
+        "judge": "exact_match",
+        "arms": {"plain": {"label": "plain"}, "gw": {"label": "GW-MoE", "set": ["moe.broadcast={max_share: 0.5}"]}},
+        "seeds": [5],
+        "measures": ["exact_match", "validation_loss", "broadcast_share", "sensitivity", "step_time"],
+        "cost": {"ranks": 1, "steps": 1, "rounds": 2},
+    }
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(plan))
+    words = ["study", str(tmp_path / "study.yaml"), "--runs", str(tmp_path / "runs")]
+    done = launch("python", "megamoe/__main__.py", words, timeout=300)
+    assert done.returncode == 0, done.output
+    results = json.loads((tmp_path / "runs" / "results.json").read_text())
+    gw, page = results["arms"]["gw"], (tmp_path / "runs" / "results.md").read_text()
+    for name in (
+        "exact_match.words",
+        "sensitivity",
+        "sensitivity_random",
+        "replaced_share",
+        "agreement",
+        "broadcast_share",
+    ):
+        assert gw["means"][name]["seeds"] == 1, name
+    assert gw["means"]["broadcast_share"]["mean"] > 0
+    assert gw["cost"]["step_time"]["median"] > 0
+    assert "| words |" in page
+
+    plan["start"]["set"].append("training.optimizer.lr=1e-3")
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(plan))
+    other = launch("python", "megamoe/__main__.py", [*words, "--phase", "train"], timeout=120)
+    assert other.returncode == 2, other.output
+    assert "runs/start/seed_5" in other.output
 
 
 def test_a_failing_run_is_shown_and_the_others_go_on(words: list[str], tmp_path: Path) -> None:
