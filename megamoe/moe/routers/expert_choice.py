@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from megamoe.config.moe import CapacityConfig
 from megamoe.config.routers import ExpertChoiceRouterConfig
-from megamoe.moe import losses, stats
 from megamoe.moe.decisions import best, decided
 from megamoe.moe.placement import ALONE, ExpertParallel
-from megamoe.moe.routers.base import NOTHING, Choice, Outcome, Router, RouterSize, Rows, auxiliary_losses, count
+from megamoe.moe.routers.base import NOTHING, Choice, Outcome, RouterSize, Rows, auxiliary_losses, count
+from megamoe.moe.routers.linear import LinearRouter
 from megamoe.moe.types import RoutingPlan
-from megamoe.ops.precision import at_least_fp32
 from megamoe.ops.row_softmax import row_softmax
 
 
-class ExpertChoiceRouter(Router):
+class ExpertChoiceRouter(LinearRouter):
     """Each expert takes the C tokens of highest score among all tokens of the micro-batch; C is the static capacity.
 
     Scores are the softmax of a linear map over experts, and a chosen token's weight is its score as it is. A token gets
@@ -33,10 +31,9 @@ class ExpertChoiceRouter(Router):
     ) -> None:
         super().__init__(size, capacity, ep)
         self.config = config
-        self.weight = nn.Parameter(torch.empty(size.num_experts, size.hidden_size))
 
     def forward(self, rows_TD: Tensor, about: Rows = NOTHING) -> RoutingPlan:
-        logits_TE = F.linear(at_least_fp32(rows_TD), at_least_fp32(self.weight))
+        logits_TE = self.logits(rows_TD)
         scores_TE = row_softmax(logits_TE)
         expert_ids_TK = best(scores_TE, self.top_k)
         outcome = Outcome(
@@ -44,10 +41,7 @@ class ExpertChoiceRouter(Router):
             scores_TE,
             losses=auxiliary_losses(self.config, scores_TE, logits_TE, count(expert_ids_TK, self.num_experts)),
             observations={},
-            metrics={
-                "router_entropy": (losses.entropy(scores_TE), "mean"),
-                "expert_similarity": (stats.expert_similarity(self.weight), "mean"),
-            },
+            metrics=self.describe(scores_TE),
         )
         weights_TK = scores_TE.gather(1, expert_ids_TK)
         if self.training:

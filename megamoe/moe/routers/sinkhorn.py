@@ -4,32 +4,28 @@ from __future__ import annotations
 
 import math
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from megamoe.config.moe import CapacityConfig
 from megamoe.config.routers import SinkhornRouterConfig
-from megamoe.moe import losses, stats
 from megamoe.moe.decisions import best
 from megamoe.moe.placement import ALONE, ExpertParallel
 from megamoe.moe.routers.base import (
     NOTHING,
     Choice,
     Outcome,
-    Router,
     RouterSize,
     Rows,
     auxiliary_losses,
     count,
     normalised,
 )
+from megamoe.moe.routers.linear import LinearRouter
 from megamoe.moe.types import RoutingPlan
-from megamoe.ops.precision import at_least_fp32
 from megamoe.ops.row_softmax import row_softmax
 
 
-class SinkhornRouter(Router):
+class SinkhornRouter(LinearRouter):
     """In training each token takes its K experts from an assignment whose load is balanced over the micro-batch.
 
     The assignment scales exp(logits) until every token gives away 1 and every expert gets T / E; no gradient passes
@@ -44,10 +40,9 @@ class SinkhornRouter(Router):
     ) -> None:
         super().__init__(size, capacity, ep)
         self.config = config
-        self.weight = nn.Parameter(torch.empty(size.num_experts, size.hidden_size))
 
     def forward(self, rows_TD: Tensor, about: Rows = NOTHING) -> RoutingPlan:
-        logits_TE = F.linear(at_least_fp32(rows_TD), at_least_fp32(self.weight))
+        logits_TE = self.logits(rows_TD)
         probs_TE = row_softmax(logits_TE)
         own_TK = best(logits_TE, self.top_k)
         outcome = Outcome(
@@ -55,10 +50,7 @@ class SinkhornRouter(Router):
             probs_TE,
             losses=auxiliary_losses(self.config, probs_TE, logits_TE, count(own_TK, self.num_experts)),
             observations={},
-            metrics={
-                "router_entropy": (losses.entropy(probs_TE), "mean"),
-                "expert_similarity": (stats.expert_similarity(self.weight), "mean"),
-            },
+            metrics=self.describe(probs_TE),
         )
         expert_ids_TK = own_TK
         if self.training:

@@ -3,31 +3,28 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from megamoe.config.moe import CapacityConfig
 from megamoe.config.routers import TopKRouterConfig
-from megamoe.moe import losses, stats
 from megamoe.moe.decisions import best
 from megamoe.moe.placement import ALONE, ExpertParallel
 from megamoe.moe.routers.base import (
     NOTHING,
     Choice,
     Outcome,
-    Router,
     RouterSize,
     Rows,
     auxiliary_losses,
     count,
     normalised,
 )
+from megamoe.moe.routers.linear import LinearRouter
 from megamoe.moe.types import RoutingPlan
-from megamoe.ops.precision import at_least_fp32
 from megamoe.ops.row_softmax import row_softmax
 
 
-class TopKRouter(Router):
+class TopKRouter(LinearRouter):
     """Each token takes the K experts of highest score; the weights are the scores, normalised over the chosen.
 
     Selection may add a bias per expert that balances the load without a loss (arXiv 2408.15664): it counts in the
@@ -42,12 +39,10 @@ class TopKRouter(Router):
     ) -> None:
         super().__init__(size, capacity, ep)
         self.config = config
-        self.weight = nn.Parameter(torch.empty(size.num_experts, size.hidden_size))
         self.register_buffer("bias_E", torch.zeros(size.num_experts, dtype=torch.float32))
 
     def forward(self, rows_TD: Tensor, about: Rows = NOTHING) -> RoutingPlan:
-        # In fp32 whatever the model's dtype: two experts' logits often differ by less than bf16 resolves.
-        logits_TE = F.linear(at_least_fp32(rows_TD), at_least_fp32(self.weight))
+        logits_TE = self.logits(rows_TD)
         scores_TE = row_softmax(logits_TE) if self.config.score == "softmax" else logits_TE.sigmoid()
         selection_TE = within_best_groups(scores_TE.detach() + self.bias_E, self.config)
         expert_ids_TK = best(selection_TE, self.top_k)
@@ -63,10 +58,7 @@ class TopKRouter(Router):
             probs_TE,
             losses=auxiliary_losses(self.config, probs_TE, logits_TE, chosen_E),
             observations={"chosen_per_expert": chosen_E.float()} if self.config.bias_update_rate else {},
-            metrics={
-                "router_entropy": (losses.entropy(probs_TE), "mean"),
-                "expert_similarity": (stats.expert_similarity(self.weight), "mean"),
-            },
+            metrics=self.describe(probs_TE),
         )
         return self.make_plan(Choice(expert_ids_TK, weights_TK, chosen_TK), outcome, about)
 
