@@ -92,11 +92,14 @@ def read_cost(study: Study, folder: Path) -> dict[str, dict[str, Any]]:
     if study.plan.cost is None or not path.is_file():
         return {}
     stored = json.loads(path.read_text(encoding="utf-8"))
-    if stored["settings"] != study.plan.cost.model_dump(mode="json"):
-        return {}
     arms = stored["arms"]
-    current = {n for n, arm in study.arms.items() if n in arms and arms[n]["config"] == dump_config(arm.config)}
+    same = stored["settings"] == study.plan.cost.model_dump(mode="json")
+    current = {n for n, arm in study.arms.items() if same and arms.get(n, {}).get("config") == dump_config(arm.config)}
     if study.plan.baseline not in current:
+        current = set()
+    if left_out := sorted(study.arms.keys() - current):
+        log.warning("no cost for %s: %s is of other settings; run --phase cost", ", ".join(left_out), path)
+    if not current:
         return {}
     base = arms[study.plan.baseline]["metrics"].get("sent_bytes")
     return {
