@@ -19,10 +19,10 @@ from megamoe.training.run_folder import write_json
 from megamoe.training.setup import Runtime, distributed
 
 FILE = "sensitivity.json"
-ROWS = 64
+ROWS = 32
 """Rows of held-out conversations that are measured on; the same for all runs of a study."""
 BATCH = 8
-DRAWS = 3
+DRAWS = 2
 TIMEOUT_SECONDS = 7200.0
 
 
