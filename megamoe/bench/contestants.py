@@ -22,7 +22,7 @@ from megamoe.moe.layer import MoELayer
 from megamoe.moe.placement import ExpertParallel
 
 INSTALL = "pip install 'megamoe[bench]'"
-DENSE, OURS, BROADCASTING = "dense", "megamoe", "megamoe, broadcasting"
+DENSE, OURS, BROADCASTING = "dense", "megamoe", "megamoe broadcasting"
 BROADCAST_SHARE = 0.05
 """Of the tokens, those that the layer called `BROADCASTING` sends to all experts."""
 
