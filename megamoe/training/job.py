@@ -106,7 +106,9 @@ def build_engine(config: RunConfig, runtime: Runtime, vocab_size: int, fill: Cal
     groups = runtime.groups
     model = Decoder(config, vocab_size, expert_parallel(groups))
     fill(model)
-    log.info("%s", select_trainable(model, config))
+    selection = select_trainable(model, config)
+    if selection.trained < selection.total:
+        log.info("%s", selection)
     engine = Engine(config, model.to(runtime.device), groups)
     parameter = next(engine.model.parameters())
     log.info("%s", EXPERT_FFN.choose(config.ops.expert_ffn, parameter.device, parameter.dtype))

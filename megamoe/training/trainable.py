@@ -27,8 +27,6 @@ class Selection:
     total: int
 
     def __str__(self) -> str:
-        if self.trained == self.total:
-            return f"training all {self.total:,} parameters"
         return f"training {self.trained:,} of {self.total:,} parameters ({self.trained / self.total:.1%})"
 
 
