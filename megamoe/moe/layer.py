@@ -58,8 +58,10 @@ class MoELayer(ExpertParallelMarker):
             documents: int64 [B, S], number of each row's document in its sequence, negative: padding; None: each
                 sequence (the last but one dim) is one document.
         """
-        rows_TD, ids_T, sequences_T = x.reshape(-1, x.shape[-1]), None, sequences(x, documents)
+        rows_TD, ids_T, sequences_T = x.reshape(-1, x.shape[-1]), None, None
         num_rows, real = rows_TD.shape[0], None
+        if documents is not None or self.router.broadcast is not None:  # nobody else asks which rows belong together
+            sequences_T = sequences(x, documents)
         if token_ids is not None:
             ids_T = token_ids.reshape(-1)
         if documents is not None and sequences_T is not None:
