@@ -33,6 +33,9 @@ OWNED: dict[str, str] = {
     "zero_optimization.stage": "use parallel.zero_stage",
     "zero_optimization.reduce_scatter": "DeepSpeed requires it for experts",
     "zero_optimization.contiguous_gradients": "DeepSpeed requires it for experts",
+    "zero_optimization.offload_optimizer.device": "use parallel.offload_optimizer",
+    "zero_optimization.offload_param.device": "use parallel.offload_parameters",
+    "zero_force_ds_cpu_optimizer": "it is always off, because megamoe builds the optimizer",
     "zero_allow_untested_optimizer": "it is always on, because megamoe builds the optimizer",
     "optimizer": "use training.optimizer",
     "scheduler": "use training.schedule",
@@ -42,6 +45,7 @@ OWNED: dict[str, str] = {
     "tensor_parallel": "use parallel.tp",
     "use_data_before_expert_parallelism": "megamoe lays out the ranks",
     "sequence_parallel_size": "use parallel.cp",
+    "pipeline": "use parallel.pp and training.recompute",
     "elasticity": "it would change the batch sizes that training.* fixes",
     "prescale_gradients": "it changes the scale of expert gradients",
     "gradient_predivide_factor": "it changes the scale of expert gradients",
@@ -67,7 +71,10 @@ def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
         config: a checked configuration; `deepspeed_extra` holds no owned key (rule `extra_leaves_our_keys`).
         world_size: ranks that the degrees fit (`rules.check_world_size`).
     """
-    sections = (_batch(config, world_size), _precision(config), _zero(config), _monitors(config), _quiet())
+    sections = (
+        *(_batch(config, world_size), _precision(config), _zero(config), _pipeline(config)),
+        *(_monitors(config), _quiet()),
+    )
     ours = {key: value for section in sections for key, value in section.items()}
     return _merge(ours, config.deepspeed_extra)
 
@@ -77,8 +84,10 @@ def _batch(config: RunConfig, world_size: int) -> dict[str, Any]:
     # Always written: DeepSpeed clips to 1.0 where the key is absent. 0.0 at stage 0, because there DeepSpeed
     # clips each rank by the norm of its own experts and replicas drift apart; the adapter clips instead.
     clipping = training.gradient_clipping if config.parallel.zero_stage > 0 else 0.0
+    # DeepSpeed is not told that cp ranks share their sequences (it would refuse experts at ZeRO-3): to it they are
+    # data-parallel ranks like others, and it wants micro-batch x accumulation x all of those.
     return {
-        "train_batch_size": training.global_batch_size,
+        "train_batch_size": training.global_batch_size * config.parallel.cp,
         "train_micro_batch_size_per_gpu": training.micro_batch_size,
         "gradient_accumulation_steps": accumulation_steps(config, world_size),
         "gradient_clipping": clipping,
@@ -89,7 +98,8 @@ def _precision(config: RunConfig) -> dict[str, Any]:
     if config.training.precision != "bf16":
         return {"bf16": {"enabled": False}}  # DeepSpeed has no word for fp64; training/engine sees to it
     # bf16 keeps 8 significant bits: a sum of micro-batches loses the later ones. DeepSpeed accumulates bf16
-    # gradients in fp32 at stages 1 (its BF16_Optimizer), 2 and 3, not at 0 (rule `zero_0_runs_in_fp32`).
+    # gradients in fp32 at stages 1 (its BF16_Optimizer, or that of stage 2 where it offloads), 2 and 3, not at 0 (rule
+    # `zero_0_runs_in_fp32`).
     return {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
 
 
@@ -103,9 +113,30 @@ def _zero(config: RunConfig) -> dict[str, Any]:
         "overlap_comm": False,  # DeepSpeed's default depends on the stage; a GPU recipe may turn it on
         "reduce_bucket_size": bucket,
         "allgather_bucket_size": bucket,
+        **_offload(config),
     }
-    # megamoe builds the optimizer itself, so that parameter groups are named and split by us.
-    return {"zero_optimization": zero, "zero_allow_untested_optimizer": True}
+    # megamoe builds the optimizer itself, so that parameter groups are named and split by us; DeepSpeed would refuse
+    # to step any but its own on the CPU.
+    return {
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+    }
+
+
+def _offload(config: RunConfig) -> dict[str, Any]:
+    parallel = config.parallel
+    asked = {"offload_optimizer": parallel.offload_optimizer, "offload_param": parallel.offload_parameters}
+    return {section: {"device": "cpu"} for section, wanted in asked.items() if wanted}
+
+
+def _pipeline(config: RunConfig) -> dict[str, Any]:
+    if config.parallel.pp == 1:
+        return {}
+    # By default DeepSpeed sends each tp rank a part of what a stage gives and gathers it in the next one, as if all
+    # tp ranks had the same; ours hold different positions of the sequence, and would train on a mixture without a word.
+    # Reentrant checkpointing fails on a stage that begins with token numbers, which have no gradient.
+    return {"pipeline": {"pipe_partitioned": False, "grad_partitioned": False, "use_reentrant": False}}
 
 
 def _monitors(config: RunConfig) -> dict[str, Any]:

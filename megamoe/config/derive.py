@@ -6,6 +6,7 @@ Everything is plain arithmetic on a checked configuration; no torch.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from megamoe.config.moe import MoEConfig
@@ -108,43 +109,85 @@ def scale_limits(router: ResonanceRouterConfig, hidden_size: int) -> tuple[float
     return router.scale_min or min(root / 2, initial), initial, router.scale_max or max(16 * root, initial)
 
 
-def parameter_counts(config: RunConfig, tokenizer_size: int | None = None) -> dict[str, ParameterCount]:
-    """Parameters by component, unpadded by any parallel layout; `total` is their sum.
+CUT_OVER_TP = ("embedding", "head", "attention", "dense_mlp")
+"""Components whose matrices are cut over the tp ranks; the others, routed experts aside, are whole on each of them."""
+PRODUCTS = ("attention", "dense_mlp", "shared_experts", "router", "experts")
+"""Components of a block whose weights are factors of matrix products with every token they meet."""
 
-    Components: embedding, head (0 when tied), attention, norms, dense_mlp, experts, shared_experts, router.
+
+def block_parameters(config: RunConfig, layer_index: int) -> dict[str, ParameterCount]:
+    """Parameters of one block by component, unpadded by any parallel layout; a component it has not counts 0.
+
+    Components: attention, norms, dense_mlp, shared_experts, router, experts.
     """
-    model, moe = config.model, config.moe
-    width, layers, moe_layers = model.hidden_size, model.num_layers, num_moe_layers(config)
-    embedding = vocab_size(config, tokenizer_size) * width
+    model, moe, width = config.model, config.moe, config.model.hidden_size
+    has_experts = is_moe_layer(config, layer_index)
     heads = 2 * model.num_heads + 2 * num_kv_heads(config)  # wq and wo, wk and wv
     expert = 3 * width * moe.expert_ffn_size
-    chosen = min(moe.top_k, moe.num_experts)
     sizes = {
-        "embedding": embedding,
-        "head": 0 if model.tie_embeddings else embedding,
-        "attention": layers * width * heads * head_size(config),
-        "norms": (2 * layers + 1) * width,
-        "dense_mlp": (layers - moe_layers) * 3 * width * model.ffn_size,
-        "shared_experts": moe_layers * moe.num_shared_experts * expert,
-        "router": moe_layers * _router_parameters(moe, width),
+        "attention": width * heads * head_size(config),
+        "norms": 2 * width,
+        "dense_mlp": 0 if has_experts else 3 * width * model.ffn_size,
+        "shared_experts": moe.num_shared_experts * expert if has_experts else 0,
+        "router": _router_parameters(moe, width) if has_experts else 0,
     }
     counts = {name: ParameterCount(size, size) for name, size in sizes.items()}
-    counts["experts"] = ParameterCount(moe_layers * moe.num_experts * expert, moe_layers * chosen * expert)
-    total = ParameterCount(sum(c.total for c in counts.values()), sum(c.active for c in counts.values()))
-    return {**counts, "total": total}
+    chosen = min(moe.top_k, moe.num_experts)
+    routed = (moe.num_experts * expert, chosen * expert) if has_experts else (0, 0)
+    return {**counts, "experts": ParameterCount(*routed)}
+
+
+def parameter_counts(config: RunConfig, tokenizer_size: int | None = None) -> dict[str, ParameterCount]:
+    """Parameters of the model by component, unpadded by any parallel layout; `total` is their sum.
+
+    Components: embedding, head (0 when tied), and those of `block_parameters` over all blocks, with the last norm.
+    """
+    model = config.model
+    embedding = vocab_size(config, tokenizer_size) * model.hidden_size
+    blocks = [block_parameters(config, index) for index in range(model.num_layers)]
+    last_norm = {"norms": ParameterCount(model.hidden_size, model.hidden_size)}
+    head = 0 if model.tie_embeddings else embedding
+    counts = {"embedding": ParameterCount(embedding, embedding), "head": ParameterCount(head, head)}
+    counts |= {name: summed(part[name] for part in (*blocks, last_norm) if name in part) for name in blocks[0]}
+    return {**counts, "total": summed(counts.values())}
+
+
+def on_one_rank(config: RunConfig, counts: dict[str, ParameterCount]) -> tuple[int, int]:
+    """Of these components, the parameters that one rank holds: (of routed experts, of all else).
+
+    A little less than in truth where there are fewer key/value heads than tp ranks, which then share heads.
+    """
+    parallel = config.parallel
+    cut = sum(counts[name].total for name in CUT_OVER_TP if name in counts)
+    whole = sum(count.total for name, count in counts.items() if name not in (*CUT_OVER_TP, "experts", "total"))
+    experts = counts["experts"].total if "experts" in counts else 0
+    return experts // (parallel.ep * parallel.etp), cut // parallel.tp + whole
+
+
+def summed(counts: Iterable[ParameterCount]) -> ParameterCount:
+    """Of several components together."""
+    parts = tuple(counts)
+    return ParameterCount(sum(count.total for count in parts), sum(count.active for count in parts))
+
+
+def block_flops(config: RunConfig, layer_index: int) -> int:
+    """Model FLOPs of one token in one block in training, forward and backward; recomputation does not count.
+
+    6 per weight of a matrix product (2 forward, 4 backward) plus causal attention scores and values:
+    3 * 2 * 2 * N * H * S / 2, because a token attends to half of the sequence on average.
+    Expert drops are not subtracted: the count is that of `top_k` experts for every token.
+    """
+    counts = block_parameters(config, layer_index)
+    scores = 6 * config.model.num_heads * head_size(config) * config.data.seq_length
+    return 6 * sum(counts[name].active for name in PRODUCTS) + scores
+
+
+def head_flops(config: RunConfig, tokenizer_size: int | None = None) -> int:
+    """As `block_flops`, of the output head, tied or not. The embedding's look-up is no product and costs nothing."""
+    return 6 * vocab_size(config, tokenizer_size) * config.model.hidden_size
 
 
 def flops_per_token(config: RunConfig, tokenizer_size: int | None = None) -> int:
-    """Model FLOPs of one token in training, forward and backward; recomputation does not count.
-
-    6 per weight of a matrix product (2 forward, 4 backward) plus causal attention scores and values:
-    3 * 2 * 2 * N * H * S / 2 per block, because a token attends to half of the sequence on average.
-    Expert drops are not subtracted: the count is that of `top_k` experts for every token.
-    """
-    counts = parameter_counts(config, tokenizer_size)
-    model = config.model
-    products = ("attention", "dense_mlp", "experts", "shared_experts", "router")
-    head = counts["embedding"].total  # as many weights as the head, tied or not; the look-up is no product
-    weights = sum(counts[name].active for name in products) + head
-    attention = 6 * model.num_layers * model.num_heads * head_size(config) * config.data.seq_length
-    return 6 * weights + attention
+    """Model FLOPs of one token in training, forward and backward: all blocks and the head."""
+    blocks = sum(block_flops(config, index) for index in range(config.model.num_layers))
+    return blocks + head_flops(config, tokenizer_size)

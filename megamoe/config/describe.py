@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from itertools import pairwise
 
 from megamoe.config.deepspeed import deepspeed_config
-from megamoe.config.derive import accumulation_steps, data_parallel_size, flops_per_token, parameter_counts
+from megamoe.config.derive import (
+    accumulation_steps,
+    data_parallel_size,
+    flops_per_token,
+    is_moe_layer,
+    parameter_counts,
+)
 from megamoe.config.load import dump_config
-from megamoe.config.memory import memory_per_rank
+from megamoe.config.memory import memory_by_stage, memory_per_rank
 from megamoe.config.run import RunConfig
+from megamoe.config.stages import stage_bounds, stage_costs
 
 
 def describe(config: RunConfig, world_size: int, topology: str) -> str:
@@ -21,6 +30,7 @@ def describe(config: RunConfig, world_size: int, topology: str) -> str:
     sections = {
         "Configuration": _json(dump_config(config)),
         f"Topology of {world_size} ranks" if world_size > 1 else "Topology of 1 rank": topology,
+        **({"Pipeline": _pipeline(config, world_size)} if config.parallel.pp > 1 else {}),
         "Batch": _batch(config, world_size),
         "Parameters": _parameters(config),
         "Memory per rank (estimate)": _memory(config, world_size),
@@ -45,8 +55,50 @@ def _batch(config: RunConfig, world_size: int) -> str:
     return (
         f"{training.global_batch_size} sequences = {training.micro_batch_size} per micro-batch "
         f"x {steps} accumulated x {data_parallel_size(config, world_size)} data-parallel\n"
-        f"{tokens:,} tokens per step, {whole}"
+        f"{tokens:,} tokens per step, {whole}{_spread(config)}"
     )
+
+
+def _spread(config: RunConfig) -> str:
+    """What one rank has of a sequence, on a line of its own."""
+    parallel = config.parallel
+    ranks = parallel.cp * parallel.tp
+    if ranks == 1:
+        return ""
+    part = config.data.seq_length // ranks
+    return f"\neach sequence over cp {parallel.cp} x tp {parallel.tp} = {ranks} ranks: {part:,} positions on each"
+
+
+def _pipeline(config: RunConfig, world_size: int) -> str:
+    """The stages: what each holds, its share of the FLOPs, memory of one of its ranks; and what time is lost."""
+    pp, steps, costs = config.parallel.pp, accumulation_steps(config, world_size), stage_costs(config)
+    mean, filling = sum(costs) / pp, (pp - 1) / (steps + pp - 1)
+    return "\n".join(
+        [
+            f"{'stage':<6}{'ranks':>14}{'blocks':>10}{'MoE':>6}{'of the FLOPs':>14}{'memory':>15}   besides",
+            *_stages(config, world_size),
+            f"filling and emptying take ({pp} - 1) / ({steps} micro-batches + {pp} - 1) = {filling:.1%} of a step; "
+            f"the costliest stage is {max(costs) / mean:.2f} times the mean",
+        ]
+    )
+
+
+def _stages(config: RunConfig, world_size: int) -> Iterator[str]:
+    """One line per stage."""
+    costs, memory = stage_costs(config), memory_by_stage(config, world_size)
+    pp, ranks = config.parallel.pp, world_size // config.parallel.pp
+    for stage, (first, end) in enumerate(pairwise(stage_bounds(config))):
+        own = _range(stage * ranks, (stage + 1) * ranks)
+        with_experts = sum(is_moe_layer(config, index) for index in range(first, end))
+        besides = "embedding" if stage == 0 else "last norm, head" if stage == pp - 1 else ""
+        yield (
+            f"{stage:<6}{own:>14}{_range(first, end):>10}{with_experts:>6}{costs[stage] / sum(costs):>14.1%}"
+            f"{memory[stage].total / 2**20:>11,.1f} MiB   {besides}"
+        ).rstrip()
+
+
+def _range(first: int, end: int) -> str:
+    return f"{first}-{end - 1}" if end - first > 1 else str(first)
 
 
 def _parameters(config: RunConfig) -> str:
@@ -68,6 +120,12 @@ def _memory(config: RunConfig, world_size: int) -> str:
         "activations": memory.activations,
         "total": memory.total,
     }
-    notes = {"activations": "  (rough; without buffers and caches)"}
+    if memory.host:
+        rows["CPU memory"] = memory.host
+    notes = {
+        "activations": "  (rough; without buffers and caches)",
+        "total": "  (the stage that needs most)" if config.parallel.pp > 1 else "",
+        "CPU memory": "  (offloaded, not in the total)",
+    }
     lines = (f"{name:<12}{size / 2**20:>14,.1f} MiB{notes.get(name, '')}" for name, size in rows.items())
     return "\n".join(lines)

@@ -11,7 +11,7 @@ from megamoe.config.routers import RouterConfig, TopKRouterConfig
 
 
 class CapacityConfig(Section):
-    """How many tokens an expert may keep of those that chose it, per micro-batch of one rank."""
+    """How many tokens an expert may keep of those that chose it, per micro-batch of one data-parallel rank."""
 
     mode: Literal["dropless", "static", "locmoe", "etr_bound", "etr_success"] = Field(
         "dropless",
@@ -102,6 +102,6 @@ class MoEConfig(Section):
         "auto",
         description="How rows reach their experts. local: no exchange. all_to_all: exactly the rows kept, after an "
         "exchange of their numbers. padded: the capacity's rows for every expert, without an exchange of numbers or a "
-        "wait for it; needs a capacity. auto: local where parallel.ep is 1, else padded with a capacity and "
-        "all_to_all without.",
+        "wait for it; needs a capacity, and whole micro-batches on a rank (tp and cp 1). auto: local where parallel.ep "
+        "is 1, else padded where it can be and all_to_all where not.",
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from megamoe.config import derive
-from megamoe.config.problems import Problem
+from megamoe.config.problems import Problem, nearest_divisor, nearest_multiple
 from megamoe.config.routers import (
     BalancedRouterConfig,
     ExpertChoiceRouterConfig,
@@ -19,7 +19,10 @@ from megamoe.config.run import RunConfig
 def experts_divide_over_ep(config: RunConfig) -> Iterator[Problem]:
     experts, ep = config.moe.num_experts, config.parallel.ep
     if experts % ep:
-        what = f"{experts} experts do not divide over parallel.ep {ep}: {experts} % {ep} = {experts % ep}"
+        what = (
+            f"{experts} experts do not divide over parallel.ep {ep}: {experts} % {ep} = {experts % ep}; use "
+            f"{nearest_multiple(ep, experts)}, or parallel.ep {nearest_divisor(experts, ep)}"
+        )
         yield Problem("moe.num_experts", what, ("parallel.ep",))
 
 

@@ -48,3 +48,14 @@ def nearest(name: str, candidates: Iterable[str]) -> str | None:
     """The candidate most like `name`, or None where nothing is close enough to be a likely slip."""
     matches = difflib.get_close_matches(name.lower(), list(candidates), n=1, cutoff=0.6)
     return matches[0] if matches else None
+
+
+def nearest_divisor(whole: int, wanted: int) -> int:
+    """The divisor of `whole` closest to `wanted`, the smaller one of two."""
+    divisors = (part for part in range(1, whole + 1) if whole % part == 0)
+    return min(divisors, key=lambda part: (abs(part - wanted), part))
+
+
+def nearest_multiple(part: int, wanted: int) -> int:
+    """The multiple of `part` closest to `wanted` and not 0, the larger one of two."""
+    return max(1, (2 * wanted + part) // (2 * part)) * part

@@ -13,6 +13,7 @@ from megamoe.common.errors import TopologyError
 from megamoe.config.deepspeed import extra_problems
 from megamoe.config.derive import head_size, num_kv_heads
 from megamoe.config.moe_rules import MOE_RULES
+from megamoe.config.parallel_rules import PARALLEL_RULES
 from megamoe.config.problems import Problem, raise_all
 from megamoe.config.run import RunConfig
 
@@ -50,22 +51,6 @@ def vocabulary_holds_tokenizer(config: RunConfig) -> Iterator[Problem]:
     if rows is not None and rows < tokens:
         what = f"{rows} rows cannot hold data.tokenizer.vocab_size {tokens}; null takes the right number"
         yield Problem("model.vocab_size", what, ("data.tokenizer.vocab_size",))
-
-
-NOT_YET = {
-    "tp": "the model's matrices are not split over ranks",
-    "pp": "the model's blocks are not split into stages",
-    "etp": "an expert's matrices are not split over ranks",
-    "cp": "sequences are not split over ranks",
-}
-
-
-def only_data_and_expert_parallel(config: RunConfig) -> Iterator[Problem]:
-    for axis, reason in NOT_YET.items():
-        degree = getattr(config.parallel, axis)
-        if degree > 1:
-            what = f"{degree} is not supported in this version, because {reason}; use 1 (parallel.ep works)"
-            yield Problem(f"parallel.{axis}", what)
 
 
 def micro_batches_fill_global_batch(config: RunConfig) -> Iterator[Problem]:
@@ -155,11 +140,11 @@ def extra_leaves_our_keys(config: RunConfig) -> Iterator[Problem]:
 
 RULES: tuple[Rule, ...] = (
     *MOE_RULES,
+    *PARALLEL_RULES,
     heads_divide_hidden_size,
     head_size_is_even,
     kv_heads_divide_heads,
     vocabulary_holds_tokenizer,
-    only_data_and_expert_parallel,
     micro_batches_fill_global_batch,
     warmup_ends_before_training,
     wsd_phases_fit,
@@ -174,10 +159,13 @@ RULES: tuple[Rule, ...] = (
 
 
 def _must_divide(path: str, whole: str, whole_value: int, part: str, part_value: int) -> Iterator[Problem]:
-    """The problem that `part` does not divide `whole`, with the numbers behind both."""
+    """The problem that `part` does not divide `whole`, with the numbers behind both and the nearest that fit."""
     if whole_value % part_value:
         rest = f"{whole_value} % {part_value} = {whole_value % part_value}"
-        yield Problem(path, f"{whole} = {whole_value} does not divide by {part} = {part_value}: {rest}")
+        below, above = (whole_value // part_value + more for more in (0, 1))
+        nearby = " or ".join(str(times * part_value) for times in (below, above) if times)
+        what = f"{whole} = {whole_value} does not divide by {part} = {part_value}: {rest}; {nearby} would fit"
+        yield Problem(path, what)
 
 
 def _world_problems(config: RunConfig, world_size: int) -> list[Problem]:

@@ -13,7 +13,8 @@ class OptimizerConfig(Section):
     """AdamW for all weights, or Muon for matrices (experts included) with AdamW for the rest."""
 
     type: Literal["adamw", "muon"] = Field(
-        "adamw", description="adamw (torch) or muon (DeepSpeed's; needs gradient_clipping: 0 and zero_stage below 3)."
+        "adamw",
+        description="adamw (torch) or muon (DeepSpeed's; needs gradient_clipping 0, zero_stage below 3, tp and etp 1).",
     )
     lr: float = Field(3e-3, gt=0, description="Peak learning rate of AdamW weights.")
     betas: Annotated[tuple[float, float], Strict(False)] = Field((0.9, 0.95), description="AdamW betas.")
@@ -99,8 +100,10 @@ class TrainingConfig(Section):
         (), description="Patterns of parameter names that are not trained, whatever `trainable` says."
     )
     gradient_clipping: float = Field(1.0, ge=0, description="Bound of the global gradient norm; 0: off.")
-    recompute: Literal["none", "full"] = Field(
-        "none", description="full: keep only each block's input and run the block again in the backward pass."
+    recompute: Literal["none", "full", "attention", "moe"] = Field(
+        "none",
+        description="What runs again in the backward pass instead of being kept. full: every block, of which only the "
+        "input is kept; attention: the attention of every block; moe: the experts of every MoE block.",
     )
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     validation: ValidationConfig = Field(default_factory=ValidationConfig)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from math import prod
 
 from megamoe.common.errors import TopologyError
@@ -95,9 +96,18 @@ class Topology:
         """The group of `groups(*axes)` that holds `rank`."""
         return next(group for group in self.groups(*axes) if rank in group)
 
-    def describe(self) -> str:
-        """The map as text: both factorisations, coordinates and groups of the first ranks."""
-        return "\n".join(self._lines())
+    def stride(self, axis: str) -> int:
+        """Distance between neighbours on an axis: the ranks of its groups are that far apart."""
+        grid = self._grid((axis,))
+        return prod(self.degree(faster) for faster in grid[grid.index(axis) + 1 :])
+
+    def describe(self, per_node: int = 8) -> str:
+        """The map as text: both factorisations, the groups of every axis, and coordinates of the first ranks.
+
+        Args:
+            per_node: consecutive ranks on one node, as launchers place them.
+        """
+        return "\n".join(self._lines(per_node))
 
     def _grid(self, axes: tuple[str, ...]) -> tuple[str, ...]:
         for grid in (DENSE_AXES, EXPERT_AXES):
@@ -111,10 +121,14 @@ class Topology:
             rank, place[axis] = divmod(rank, getattr(self, axis))
         return {axis: place[axis] for axis in grid}
 
-    def _lines(self) -> Iterator[str]:
+    def _lines(self, per_node: int) -> Iterator[str]:
         for title, grid in (("dense", DENSE_AXES), ("expert", EXPERT_AXES)):
             product = " x ".join(f"{axis} {getattr(self, axis)}" for axis in grid)
             yield f"{title:<6} grid: {self.world_size} ranks = {product} (last fastest)"
+        yield _nodes(self.world_size, per_node)
+        for axis in ("tp", "cp", "etp", "ep", "dp", "edp", "pp"):
+            if self.degree(axis) > 1:
+                yield f"{axis} groups: {self._shape(axis)}, {self._reach(axis, per_node)}: {self._first_groups(axis)}"
         columns = (*DENSE_AXES, *EXPERT_AXES[1:])
         yield "rank |" + "".join(f"{axis:>5}" for axis in columns)
         for rank in range(min(self.world_size, MAX_LISTED)):
@@ -122,12 +136,46 @@ class Topology:
             yield f"{rank:>4} |" + "".join(f"{place[axis]:>5}" for axis in columns)
         if self.world_size > MAX_LISTED:
             yield f" ... | {self.world_size - MAX_LISTED} more ranks"
-        for axis in ("dp", "ep", "edp"):
-            yield f"{axis} groups: {_shorten(self.groups(axis))}"
+
+    def _shape(self, axis: str) -> str:
+        size, stride = self.degree(axis), self.stride(axis)
+        return f"{size} neighbours" if stride == 1 else f"{size} ranks, {stride} apart"
+
+    def _reach(self, axis: str, per_node: int) -> str:
+        """Over how many nodes the groups of an axis go."""
+        nodes = [_nodes_of(group, per_node) for group in self._groups_of(axis)]
+        crossing = [count for count in nodes if count > 1]
+        if not crossing:
+            return "inside a node"
+        some = "" if len(crossing) == len(nodes) else f"{len(crossing)} of {len(nodes)} groups "
+        return f"{some}across {'' if min(crossing) == max(crossing) else 'up to '}{max(crossing)} nodes"
+
+    def _groups_of(self, axis: str) -> Iterator[range]:
+        """The groups of one axis as ranges, for large worlds; `groups` holds the same."""
+        stride = self.stride(axis)
+        span = stride * self.degree(axis)
+        for block in range(0, self.world_size, span):
+            for first in range(block, block + stride):
+                yield range(first, first + span, stride)
+
+    def _first_groups(self, axis: str) -> str:
+        """Groups on one line: at most 4 of them, of each at most 8 ranks."""
+        shown = [" ".join(map(str, group[:8])) for group in islice(self._groups_of(axis), 4)]
+        rest = " ..." if self.degree(axis) > 8 else ""
+        number = self.world_size // self.degree(axis)
+        return " ".join(f"[{text}{rest}]" for text in shown) + (f" and {number - 4} more" if number > 4 else "")
 
 
-def _shorten(groups: tuple[Group, ...]) -> str:
-    """Groups on one line: at most 4 of them, of each at most 8 ranks."""
-    texts = [" ".join(map(str, group[:8])) + (" ..." if len(group) > 8 else "") for group in groups[:4]]
-    more = f" and {len(groups) - 4} more" if len(groups) > 4 else ""
-    return " ".join(f"[{text}]" for text in texts) + more
+def _nodes(world_size: int, per_node: int) -> str:
+    """The nodes that hold so many ranks, as a line."""
+    full, rest = divmod(world_size, per_node)
+    if full == 0 or (full == 1 and not rest):
+        return f"1 node of {per_node} ranks" + ("" if full else f", {rest} in use")
+    return f"{full + bool(rest)} nodes of {per_node} ranks" + (f", {rest} in use on the last" if rest else "")
+
+
+def _nodes_of(group: range, per_node: int) -> int:
+    """Nodes on which the ranks of a group are."""
+    if group.step >= per_node:  # never two of them on one
+        return len(group)
+    return group[-1] // per_node - group[0] // per_node + 1  # and here it leaves out none in between

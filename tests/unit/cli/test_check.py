@@ -45,14 +45,39 @@ def test_a_good_configuration_is_described() -> None:
     ):
         assert title in done.stdout
     assert '"steps": 50' in done.stdout
-    assert "ep groups: [0 1] [2 3]" in done.stdout
+    assert "ep groups: 2 neighbours, inside a node: [0 1] [2 3]" in done.stdout
+
+
+def test_a_large_world_is_described(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["model.num_layers=8", "parallel={tp: 4, ep: 8, pp: 2}", "training.global_batch_size=512"]
+    assert main(["check", *words, "--world-size", "64"]) == 0
+    text = capsys.readouterr().out
+    for line in (
+        "8 nodes of 8 ranks\n",
+        "tp groups: 4 neighbours, inside a node: [0 1 2 3] [4 5 6 7]",
+        "pp groups: 2 ranks, 32 apart, across 2 nodes: [0 32] [1 33]",
+        "(2 - 1) / (16 micro-batches + 2 - 1) = 5.9% of a step",
+        "each sequence over cp 1 x tp 4 = 4 ranks: 64 positions on each",
+    ):
+        assert line in text
+    stages = text.split("Pipeline\n--------\n")[1].splitlines()[1:3]
+    assert [line.split()[:4] for line in stages] == [["0", "0-31", "0-4", "5"], ["1", "32-63", "5-7", "3"]]
+    assert [line.split("MiB")[1].strip() for line in stages] == ["embedding", "last norm, head"]
+
+
+def test_the_map_knows_how_large_a_node_is(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", TINY, "parallel.tp=4", "--world-size", "16", "--gpus-per-node", "2"]) == 0
+    assert "tp groups: 4 neighbours, across 2 nodes" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     "words, hint",
     [
         (["check", TINY, "training.stepz=3"], "did you mean training.steps?"),
-        (["check", TINY, "parallel.ep=3"], "8 experts do not divide over parallel.ep 3"),
+        (["check", TINY, "parallel.ep=3"], "8 experts do not divide over parallel.ep 3: 8 % 3 = 2; use 9"),
+        (["check", TINY, "parallel.tp=3"], "3 does not divide model.num_heads 4: 4 % 3 = 1; use 2"),
+        (["check", TINY, "parallel.pp=2", "parallel.zero_stage=3"], "3 does not go with parallel.pp 2"),
+        (["check", TINY, "--gpus-per-node", "0"], "A node holds at least one rank"),
         (["check", TINY, "--world-size", "3"], "3 % 2 = 1"),
         (["check", "nowhere.yaml"], "there is no file nowhere.yaml"),
         (["check", "--write-schema", "no/such/folder/schema.json"], "cannot be written"),
@@ -85,11 +110,37 @@ def test_an_existing_file_is_a_file_even_with_an_equals_sign(tmp_path: Path) -> 
     assert check.split([str(odd), "training.seed=1", "a.yaml"]) == ([str(odd), "a.yaml"], ["training.seed=1"])
 
 
-def test_check_imports_no_torch() -> None:
-    call = f"main(['check', {TINY!r}])"
-    code = f"import sys; from megamoe.cli import main; {call}; sys.exit('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, timeout=60, check=False)
-    assert done.returncode == 0
+def heavy_imports(*words: str) -> tuple[list[str], str]:
+    """Which of the slow packages `check` has imported by the time it is through, and what it raised."""
+    code = f"""import sys
+from megamoe.cli import main
+try:
+    main({["check", *words]!r})
+except Exception as error:
+    print(error, file=sys.stderr)
+print(*[name for name in ("torch", "deepspeed", "numpy") if name in sys.modules], "imported")"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True
+    )
+    return done.stdout.splitlines()[-1].split()[:-1], done.stderr
+
+
+@pytest.mark.parametrize(
+    "words, refusal",
+    [
+        ([], ""),
+        (["parallel={tp: 2, pp: 2, ep: 4}", "--world-size", "16", "training.global_batch_size=64"], ""),
+        (["parallel={tp: 3, pp: 5, ep: 3, etp: 5, zero_stage: 3}", "moe.dispatcher=padded"], "problems"),
+        (["parallel={pp: 2, zero_stage: 3}"], "3 does not go with parallel.pp 2"),
+        (["parallel.ep=4", "--world-size", "6"], "6 % 4 = 2"),
+    ],
+)
+def test_check_imports_nothing_slow_whether_it_refuses_or_not(words: list[str], refusal: str) -> None:
+    """So it answers in well under a second: importing torch alone takes longer."""
+    imported, said = heavy_imports(TINY, *words)
+    assert imported == []
+    assert refusal in said
+    assert bool(said) == bool(refusal)
 
 
 def failing(error: Exception) -> Callable[[], int]:

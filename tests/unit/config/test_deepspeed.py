@@ -27,6 +27,44 @@ def test_batch_sizes_multiply_up() -> None:
     assert config["train_batch_size"] == micro * steps * 2 == 16
 
 
+def test_context_parallel_ranks_count_as_data_parallel_ones() -> None:
+    """As DeepSpeed counts them: micro-batch x accumulation x ranks that hold the same weights."""
+    config = build("parallel.cp=2", "parallel.tp=2", world_size=8)
+    assert config["gradient_accumulation_steps"] == 16 // (4 * 2)
+    assert config["train_batch_size"] == 4 * 2 * (8 // 2) == 32
+
+
+def test_a_pipeline_sends_what_it_has() -> None:
+    assert build("parallel.pp=2", world_size=2)["pipeline"] == {
+        "pipe_partitioned": False,
+        "grad_partitioned": False,
+        "use_reentrant": False,
+    }
+    assert "pipeline" not in build()
+
+
+def test_offloading() -> None:
+    stage_3 = "parallel.zero_stage=3"
+    optimizer, parameters = "parallel.offload_optimizer=true", "parallel.offload_parameters=true"
+
+    def offloaded(*overrides: str) -> dict[str, Any]:
+        zero = build(*overrides)["zero_optimization"]
+        return {key: value for key, value in zero.items() if key.startswith("offload")}
+
+    on_cpu = {"device": "cpu"}
+    assert offloaded(stage_3) == {}
+    assert offloaded(optimizer) == {"offload_optimizer": on_cpu}
+    assert offloaded(stage_3, optimizer, parameters) == {"offload_optimizer": on_cpu, "offload_param": on_cpu}
+
+
+def test_deepspeed_offloads_with_an_optimizer_of_ours() -> None:
+    runtime = import_module("deepspeed.runtime.config")
+    stage_3 = ("parallel.zero_stage=3", "parallel.offload_optimizer=true", "parallel.offload_parameters=true")
+    config = runtime.DeepSpeedConfig(build(*stage_3))
+    assert config.zero_config.offload_optimizer.device == config.zero_config.offload_param.device == "cpu"
+    assert config.zero_force_ds_cpu_optimizer is False
+
+
 @pytest.mark.parametrize("stage, clipping", [(0, 0.0), (1, 0.5), (2, 0.5), (3, 0.5)])
 def test_clipping_is_always_written(stage: int, clipping: float) -> None:
     config = build(f"parallel.zero_stage={stage}", "training.gradient_clipping=0.5")
@@ -55,7 +93,9 @@ def test_extra_keys_merge_below_ours() -> None:
 
 
 def test_whatever_we_write_is_either_owned_or_adjustable() -> None:
-    for path in leaves(build("training.precision=bf16")):
+    everything = ("parallel.zero_stage=3", "parallel.offload_optimizer=true", "parallel.offload_parameters=true")
+    pipeline = build("training.precision=bf16", "parallel.pp=2", world_size=2)
+    for path in {*leaves(pipeline), *leaves(build(*everything))}:
         owned = any(path == key or path.startswith(f"{key}.") for key in OWNED)
         assert owned != (path in ADJUSTABLE), path
 

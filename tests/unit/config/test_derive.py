@@ -4,7 +4,7 @@ import pytest
 
 from megamoe.config import derive
 from megamoe.config.load import load_config
-from megamoe.config.memory import memory_per_rank
+from megamoe.config.memory import MemoryEstimate, memory_by_stage, memory_per_rank
 
 SHAPE = [
     "model.hidden_size=8",
@@ -125,6 +125,75 @@ def test_flops_by_hand() -> None:
     # scores and values: 2 products of 2 FLOPs over N * H = 8 features and S / 2 = 50 positions, three times
     expected = 6 * weights + 3 * 3 * 2 * 2 * 8 * 50
     assert derive.flops_per_token(load_config([], [*SMALL, "data.seq_length=100"])) == expected
+
+
+@pytest.mark.parametrize("overrides", [[], ["moe.every_n_layers=2"], ["moe.first_k_dense=2"], ["moe.num_experts=0"]])
+def test_blocks_and_head_add_up_to_the_model(overrides: list[str]) -> None:
+    config = load_config([], overrides)
+    blocks = [derive.block_parameters(config, index) for index in range(4)]
+    counts = derive.parameter_counts(config)
+    for name in blocks[0]:
+        last = 128 if name == "norms" else 0
+        assert sum(block[name].total for block in blocks) + last == counts[name].total
+        assert sum(block[name].active for block in blocks) + last == counts[name].active
+    flops = [derive.block_flops(config, index) for index in range(4)]
+    assert sum(flops) + derive.head_flops(config) == derive.flops_per_token(config)
+
+
+def test_what_one_rank_holds() -> None:
+    config = load_config([], [*SMALL, "moe.num_shared_experts=1", "parallel={tp: 2, ep: 2, etp: 2}"])
+    expert, kept_whole = 3 * 8 * 6, 2 * 144 + 2 * 4 * 8 + 7 * 8  # shared experts, routers, norms
+    experts, others = derive.on_one_rank(config, derive.parameter_counts(config))
+    assert experts == 2 * 4 * expert // 4
+    assert others == (5000 * 8 + 576 + 240) // 2 + kept_whole
+
+
+def memory(world_size: int, *overrides: str) -> MemoryEstimate:
+    return memory_per_rank(load_config([], overrides), world_size)
+
+
+def test_memory_shrinks_with_every_degree() -> None:
+    alone = memory(1)
+    split = {axis: memory(2, f"parallel.{axis}=2") for axis in ("tp", "pp", "ep", "etp", "cp")}
+    for axis in ("tp", "pp", "ep", "etp"):
+        assert split[axis].weights < 0.9 * alone.weights, axis
+    for axis in ("tp", "cp"):
+        assert split[axis].activations < 0.8 * alone.activations, axis
+    assert split["cp"].weights == alone.weights
+    # ZeRO shards over the ranks that share sequences as over those that do not.
+    assert split["cp"].optimizer == memory(2).optimizer == alone.optimizer // 2
+    # A share of an expert has the rows of the ranks that hold the others.
+    assert split["etp"].activations > alone.activations
+
+
+def test_memory_of_a_pipeline_is_that_of_its_fullest_stage() -> None:
+    even = ["parallel.pp=4", "model.num_layers=8", "data.seq_length=8192"]  # two blocks each: the head costs little
+    config = load_config([], [*even, "training.global_batch_size=64"])
+    stages = memory_by_stage(config, 4)
+    assert len(stages) == 4
+    assert memory_per_rank(config, 4) == max(stages, key=lambda stage: stage.total)
+    # The first is three micro-batches ahead of the last.
+    assert stages[0].activations > stages[1].activations > stages[2].activations
+    one_micro_batch = load_config([], [*even, "training.global_batch_size=4"])
+    early, middle, *_ = memory_by_stage(one_micro_batch, 4)
+    assert early.activations == middle.activations
+
+
+def test_what_is_offloaded_is_not_on_the_device() -> None:
+    stage_3 = "parallel.zero_stage=3"
+    here, there = memory(2, stage_3), memory(2, stage_3, "parallel.offload_optimizer=true")
+    assert (there.optimizer, there.host) == (0, here.optimizer)
+    assert there.total == here.total - here.optimizer
+    both = memory(2, stage_3, "parallel.offload_optimizer=true", "parallel.offload_parameters=true")
+    assert (both.weights, both.host) == (0, here.weights + here.optimizer)
+
+
+def test_recomputation_keeps_less() -> None:
+    kept = {
+        what: memory(1, f"training.recompute={what}", "model.num_layers=12").activations
+        for what in ("none", "attention", "moe", "full")
+    }
+    assert kept["full"] < kept["moe"] < kept["attention"] < kept["none"]
 
 
 def test_memory_follows_the_zero_stage() -> None:

@@ -1,11 +1,11 @@
 """The rank map against nested loops, up to 4,096 ranks."""
 
-from itertools import product
+from itertools import pairwise, product
 
 import pytest
 
 from megamoe.common.errors import TopologyError
-from megamoe.parallel.topology import DENSE_AXES, EXPERT_AXES, Topology
+from megamoe.parallel.topology import DENSE_AXES, EXPERT_AXES, Topology, _nodes_of
 
 CASES = [
     Topology(1),
@@ -98,7 +98,11 @@ def test_description_of_a_small_world() -> None:
     text = Topology(4, ep=2).describe()
     assert "4 ranks = pp 1 x dp 4 x cp 1 x tp 1" in text
     assert "4 ranks = pp 1 x edp 2 x ep 2 x etp 1" in text
-    assert "ep groups: [0 1] [2 3]" in text
+    assert "1 node of 8 ranks, 4 in use" in text
+    assert "dp groups: 4 neighbours, inside a node: [0 1 2 3]" in text
+    assert "ep groups: 2 neighbours, inside a node: [0 1] [2 3]" in text
+    assert "edp groups: 2 ranks, 2 apart, inside a node: [0 2] [1 3]" in text
+    assert "tp groups" not in text
     assert "   3 |    0    3    0    0    1    1    0" in text
 
 
@@ -107,3 +111,38 @@ def test_description_of_a_large_world_stays_short() -> None:
     assert len(text.splitlines()) < 30
     assert "4080 more ranks" in text
     assert max(map(len, text.splitlines())) < 200
+
+
+@pytest.mark.parametrize("topology", CASES, ids=str)
+@pytest.mark.parametrize("axis", [*DENSE_AXES, *EXPERT_AXES[1:]])
+def test_groups_are_as_far_apart_as_the_stride_says(topology: Topology, axis: str) -> None:
+    for group in topology.groups(axis):
+        assert {after - before for before, after in pairwise(group)} <= {topology.stride(axis)}
+    assert sorted(map(tuple, topology._groups_of(axis))) == list(topology.groups(axis))
+
+
+@pytest.mark.parametrize("per_node", [1, 2, 3, 4, 8, 12])
+@pytest.mark.parametrize("topology", CASES[:-1], ids=str)
+def test_nodes_are_counted_right(topology: Topology, per_node: int) -> None:
+    for axis in (*DENSE_AXES, *EXPERT_AXES[1:]):
+        for group in topology._groups_of(axis):
+            assert _nodes_of(group, per_node) == len({rank // per_node for rank in group})
+
+
+@pytest.mark.parametrize(
+    "topology, per_node, line",
+    [
+        (Topology(64, tp=4, pp=2, ep=8), 8, "8 nodes of 8 ranks"),
+        (Topology(64, tp=4, pp=2, ep=8), 8, "tp groups: 4 neighbours, inside a node: [0 1 2 3] [4 5 6 7]"),
+        (Topology(64, tp=4, pp=2, ep=8), 4, "ep groups: 8 neighbours, across 2 nodes: [0 1 2 3 4 5 6 7]"),
+        (Topology(64, tp=4, pp=2, ep=8), 8, "dp groups: 8 ranks, 4 apart, across 4 nodes: [0 4 8 12"),
+        (Topology(64, tp=4, pp=2, ep=8), 8, "pp groups: 2 ranks, 32 apart, across 2 nodes: [0 32]"),
+        (Topology(32, ep=2, etp=4), 8, "ep groups: 2 ranks, 4 apart, inside a node: [0 4] [1 5]"),
+        (Topology(12, tp=4), 6, "tp groups: 4 neighbours, 1 of 3 groups across 2 nodes: [0 1 2 3]"),
+        (Topology(20), 8, "3 nodes of 8 ranks, 4 in use on the last"),
+        (Topology(8), 8, "1 node of 8 ranks"),
+    ],
+)
+def test_the_map_says_what_crosses_nodes(topology: Topology, per_node: int, line: str) -> None:
+    lines = topology.describe(per_node).splitlines()
+    assert any(text == line if "groups" not in line else text.startswith(line) for text in lines), "\n".join(lines)
