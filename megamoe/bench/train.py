@@ -25,7 +25,7 @@ from megamoe.data.batch import Batch
 from megamoe.model.decoder import Decoder
 from megamoe.model.initialise import initialise
 from megamoe.moe.layer import MoELayer
-from megamoe.moe.placement import ExpertParallel
+from megamoe.moe.placement import ExpertParallel, Placement
 from megamoe.moe.types import LayerAux
 from megamoe.parallel.collectives import barrier
 from megamoe.testing.ranks import run_ranks
@@ -125,7 +125,7 @@ class Trainee:
         self.vocab_size = derive.vocab_size(config)
         self.generator = torch.Generator().manual_seed(runtime.rank)
         ep = runtime.groups.ep
-        model = Decoder(config, self.vocab_size, ExpertParallel(ep.size, ep.place, ep.handle))
+        model = Decoder(config, self.vocab_size, Placement(ExpertParallel(ep.size, ep.place, ep.handle)))
         if drop_tokens is not None:
             replace_layers(model, config, drop_tokens)
         initialise(model, config.model, config.training.seed)

@@ -17,6 +17,7 @@ COMMANDS = {
     "bench": "measure against other implementations",
     "check": "check a configuration and show what it means",
     "data": "prepare and inspect training data",
+    "parity": "prove that every parallel layout trains the same model as one process",
     "study": "train several arms over several seeds and compare them",
 }
 
@@ -35,6 +36,8 @@ def _parser(command: str, module: ModuleType | None) -> argparse.ArgumentParser:
     """The parser, with the arguments of one command only, so that no other command's imports are paid for."""
     description = "Training of Mixture-of-Experts models."
     parser = argparse.ArgumentParser(prog="python -m megamoe", description=description)
+    # What launchers pass by habit, before the command.
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, summary in COMMANDS.items():
         if module is not None and name == command:

@@ -16,7 +16,7 @@ from megamoe.model.decoder import Decoder
 from megamoe.parallel import collectives
 from megamoe.training.checkpoint import folder as folders
 from megamoe.training.checkpoint.weights import load_weights
-from megamoe.training.setup import Runtime, expert_parallel
+from megamoe.training.setup import Runtime, placement
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,8 @@ def open_checkpoint(path: str | Path, overrides: Sequence[str], world_size: int)
     manifest = folders.read_manifest(folder)
     config = load_config([folder / "config.json"], overrides)
     ep = math.gcd(world_size, config.moe.num_experts) if config.moe.num_experts else 1
-    layout = (f"parallel.ep={ep}", "moe.dispatcher=auto")
+    alone = (f"parallel.{axis}=1" for axis in ("tp", "pp", "cp", "etp"))
+    layout = (*alone, f"parallel.ep={ep}", "moe.dispatcher=auto")
     return Checkpoint(folder, manifest, load_config([folder / "config.json"], [*overrides, *layout]))
 
 
@@ -55,7 +56,7 @@ def load_model(checkpoint: Checkpoint, runtime: Runtime) -> tuple[Decoder, Token
     """
     folder, manifest, groups = checkpoint.folder, checkpoint.manifest, runtime.groups
     collectives.together(lambda: folders.verify(folder, manifest, runtime.rank, runtime.world_size))
-    model = Decoder(checkpoint.config, manifest.architecture["model.vocab_size"], expert_parallel(groups))
+    model = Decoder(checkpoint.config, manifest.architecture["model.vocab_size"], placement(groups))
     collectives.together(lambda: load_weights(folder, model))
     return model.to(runtime.device).eval().requires_grad_(False), Tokenizer(folder / "tokenizer.model")
 

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megamoe.model.context import attend_over
 from megamoe.ops.precision import at_least_fp32
+from megamoe.parallel.axis import SINGLE, Axis
+from megamoe.parallel.linear import ColumnParallelLinear, RowParallelLinear
+from megamoe.parallel.regions import gather_sequence, reduce_scatter_sequence
+from megamoe.parallel.shards import mark
 
 
 class KeyValueCache:
@@ -31,46 +38,74 @@ class KeyValueCache:
 
 
 class Attention(nn.Module):
-    """Grouped-query attention through torch's scaled_dot_product_attention, without biases."""
+    """Grouped-query attention through torch's scaled_dot_product_attention, without biases.
 
-    def __init__(self, hidden_size: int, num_heads: int, num_kv_heads: int, head_size: int, rope_theta: float) -> None:
+    Over tp, heads are cut: N/P query heads with the key/value heads that they look at. Where there are fewer of those
+    than ranks, every rank holds the projections of all of them and computes the one it needs. Between layers a rank has
+    its part of the positions only, so it gathers them first and adds up and scatters its part of the output at last
+    (Megatron-LM's tensor and sequence parallelism, arXiv 1909.08053 and 2205.05198). Over cp, see `context`.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_size: int,
+        rope_theta: float,
+        tp: Axis = SINGLE,
+        cp: Axis = SINGLE,
+    ) -> None:
         super().__init__()
-        self.num_heads, self.num_kv_heads, self.head_size = num_heads, num_kv_heads, head_size
-        self.rope_theta = rope_theta
-        self.wq = nn.Linear(hidden_size, num_heads * head_size, bias=False)
-        self.wk = nn.Linear(hidden_size, num_kv_heads * head_size, bias=False)
-        self.wv = nn.Linear(hidden_size, num_kv_heads * head_size, bias=False)
-        self.wo = nn.Linear(num_heads * head_size, hidden_size, bias=False)
+        self.tp, self.cp, self.head_size, self.rope_theta = tp, cp, head_size, rope_theta
+        self.num_heads, self.num_kv_heads = num_heads // tp.size, max(1, num_kv_heads // tp.size)
+        self.kv_head = tp.rank * num_kv_heads // tp.size if num_kv_heads < tp.size else None
+        kv_tp = tp if self.kv_head is None else SINGLE
+        self.wq = ColumnParallelLinear(hidden_size, num_heads * head_size, tp)
+        self.wk = ColumnParallelLinear(hidden_size, num_kv_heads * head_size, kv_tp)
+        self.wv = ColumnParallelLinear(hidden_size, num_kv_heads * head_size, kv_tp)
+        self.wo = RowParallelLinear(num_heads * head_size, hidden_size, tp)
+        if self.kv_head is not None:
+            for parameter in (*self.wk.parameters(), *self.wv.parameters()):
+                mark(parameter)
 
     def forward(self, x_BSD: Tensor, cache: KeyValueCache | None = None, mask_B1SS: Tensor | None = None) -> Tensor:
-        """[B, S, D] to [B, S, D]. With a cache, the S positions follow those already in it.
+        """[B, S, D] to [B, S, D], of this rank's positions. With a cache, these follow those already in it.
 
         Args:
             mask_B1SS: bool, which positions each one sees (`document_mask`), without a cache; None: all up to it.
         """
+        x_BSD = gather_sequence(x_BSD, self.tp)
         past = cache.length if cache is not None else 0
         cos_SH, sin_SH = self._rotation(x_BSD, past)
-        queries = rotate(self._heads(self.wq(x_BSD), self.num_heads), cos_SH, sin_SH)
-        keys = rotate(self._heads(self.wk(x_BSD), self.num_kv_heads), cos_SH, sin_SH)
-        values = self._heads(self.wv(x_BSD), self.num_kv_heads)
+        queries = rotate(self._heads(self.wq(x_BSD)), cos_SH, sin_SH)
+        keys = rotate(self._heads(self._key_value(self.wk, x_BSD)), cos_SH, sin_SH)
+        values = self._heads(self._key_value(self.wv, x_BSD))
         if cache is not None:
             keys, values = cache.append(keys, values)
-        out_BNSH = F.scaled_dot_product_attention(
-            queries,
-            keys,
-            values,
-            attn_mask=mask_B1SS if mask_B1SS is not None else _mask(x_BSD.shape[1], past, x_BSD.device),
+        mask = mask_B1SS if mask_B1SS is not None else _mask(x_BSD.shape[1], past, x_BSD.device)
+        attend = partial(
+            F.scaled_dot_product_attention,
+            attn_mask=mask,
             is_causal=past == 0 and mask_B1SS is None,
             enable_gqa=self.num_heads != self.num_kv_heads,
         )
-        return self.wo(out_BNSH.transpose(1, 2).flatten(2))
+        out_BNSH = attend_over(self.cp, attend, queries, keys, values)
+        return reduce_scatter_sequence(self.wo(out_BNSH.transpose(1, 2).flatten(2)), self.tp)
+
+    def _key_value(self, projection: nn.Linear, x_BSD: Tensor) -> Tensor:
+        if self.kv_head is None:
+            return projection(x_BSD)
+        # All heads, which are few, and not a part of the weight: ZeRO-3 has that there only while its module runs.
+        return projection(x_BSD).unflatten(-1, (-1, self.head_size))[..., self.kv_head, :]
 
     def _rotation(self, x_BSD: Tensor, past: int) -> tuple[Tensor, Tensor]:
         dtype = torch.promote_types(x_BSD.dtype, torch.float32)
-        return rotation(x_BSD.shape[1], past, self.head_size, self.rope_theta, x_BSD.device, dtype)
+        start = past + self.cp.rank * x_BSD.shape[1]
+        return rotation(x_BSD.shape[1], start, self.head_size, self.rope_theta, x_BSD.device, dtype)
 
-    def _heads(self, x: Tensor, heads: int) -> Tensor:
-        return x.unflatten(-1, (heads, self.head_size)).transpose(1, 2)
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (-1, self.head_size)).transpose(1, 2)
 
 
 def document_mask(documents_BS: Tensor) -> Tensor:

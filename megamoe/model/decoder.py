@@ -14,10 +14,16 @@ from megamoe.model.attention import KeyValueCache, document_mask
 from megamoe.model.block import Block
 from megamoe.model.norms import build_norm
 from megamoe.model.recompute import recomputed
-from megamoe.moe.placement import ALONE, ExpertParallel
+from megamoe.moe.losses import with_gradient_share
+from megamoe.moe.placement import WHOLE, Placement
 from megamoe.moe.types import LayerAux
 from megamoe.ops.linear_cross_entropy import linear_cross_entropy, token_scores
 from megamoe.ops.precision import at_least_fp32
+from megamoe.parallel.axis import SINGLE, Axis
+from megamoe.parallel.linear import mark_part, share
+from megamoe.parallel.regions import gather_sequence, reduce_scatter_sequence
+from megamoe.parallel.shards import shards_of
+from megamoe.parallel.vocab import VocabParallelEmbedding, vocab_parallel_cross_entropy, vocab_parallel_scores
 
 
 class Scores(NamedTuple):
@@ -49,12 +55,13 @@ class ModelOutput(NamedTuple):
 
 
 class Head(nn.Module):
-    """Output projection [V, D]: loss from hidden rows and labels, or logits."""
+    """Output projection [V, D]: loss from hidden rows and labels, or logits. V is cut over tp."""
 
-    def __init__(self, vocab_size: int, hidden_size: int, chunk_size: int) -> None:
+    def __init__(self, vocab_size: int, hidden_size: int, chunk_size: int, tp: Axis = SINGLE) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(vocab_size, hidden_size))
-        self.chunk_size = chunk_size
+        self.weight = nn.Parameter(torch.empty(share(vocab_size, tp, "vocabulary entries"), hidden_size))
+        mark_part(self.weight, 0, tp)
+        self.chunk_size, self.tp = chunk_size, tp
 
     def tie(self, embedding_VD: Tensor) -> None:
         """Use the embedding's parameter as this one, so that there is only one."""
@@ -70,23 +77,32 @@ class Head(nn.Module):
     ) -> Any:
         """Mean cross entropy, or without labels the logits [B, S, V]; in fp32 at least.
 
-        With `targets`, the sum over the labels that are not IGNORED, divided by it. With `each`, the :class:`Scores`
-        instead. One method for all, because ZeRO-3 has the weight there only while `forward` runs.
+        Labels are those of the positions of all tp ranks, hidden rows of this one's. With `targets`, the sum over the
+        labels that are not IGNORED, divided by it. With `each`, the :class:`Scores` instead. One method
+        for all, because ZeRO-3 has the weight there only while `forward` runs.
         """
         if labels_BS is None:
+            assert self.tp.size == 1, "logits are for generation, which takes no tensor parallelism"
             return at_least_fp32(F.linear(hidden_BSD, self.weight))
+        hidden_BSD = gather_sequence(hidden_BSD, self.tp)
         if each:
             return self.scores(hidden_BSD, labels_BS)
         hidden_TD, labels_T = hidden_BSD.flatten(0, 1), labels_BS.flatten()
         if targets is not None:  # no logits for what does not count
             counted = (labels_T != IGNORED).nonzero().squeeze(-1)
             hidden_TD, labels_T = hidden_TD[counted], labels_T[counted]
+        if self.tp.size > 1:
+            return vocab_parallel_cross_entropy(hidden_TD, self.weight, labels_T, self.tp, self.chunk_size, targets)
         return linear_cross_entropy(hidden_TD, self.weight, labels_T, self.chunk_size, targets)
 
     def scores(self, hidden_BSD: Tensor, labels_BS: Tensor) -> Scores:
         """Of every label by itself."""
         labels_T, counted_BS = labels_BS.flatten().clamp_min(0), labels_BS != IGNORED
-        losses_T, right_T = token_scores(hidden_BSD.flatten(0, 1), self.weight, labels_T, self.chunk_size)
+        hidden_TD = hidden_BSD.flatten(0, 1)
+        if self.tp.size > 1:
+            losses_T, right_T = vocab_parallel_scores(hidden_TD, self.weight, labels_T, self.tp, self.chunk_size)
+        else:
+            losses_T, right_T = token_scores(hidden_TD, self.weight, labels_T, self.chunk_size)
         losses_BS, right_BS = losses_T.view(labels_BS.shape), right_T.view(labels_BS.shape)
         return Scores(losses_BS.masked_fill(~counted_BS, 0.0), right_BS & counted_BS, counted_BS)
 
@@ -97,16 +113,17 @@ class Decoder(nn.Module):
     Args:
         config: the run; `model`, `moe` and `ops` shape the network, `training.recompute` its memory.
         vocab_size: rows V of the embedding.
-        ep: this rank's place in its expert-parallel group.
+        place: this rank's place among those that the model is spread over.
     """
 
-    def __init__(self, config: RunConfig, vocab_size: int, ep: ExpertParallel = ALONE) -> None:
+    def __init__(self, config: RunConfig, vocab_size: int, place: Placement = WHOLE) -> None:
         super().__init__()
         model = config.model
-        self.embedding = nn.Embedding(vocab_size, model.hidden_size)
-        self.blocks = nn.ModuleList(Block(config, i, ep, vocab_size) for i in range(model.num_layers))
+        self.place = place
+        self.embedding = VocabParallelEmbedding(vocab_size, model.hidden_size, place.tp)
+        self.blocks = nn.ModuleList(Block(config, i, place, vocab_size) for i in range(model.num_layers))
         self.norm = build_norm(model.norm, model.hidden_size, model.norm_eps)
-        self.head = Head(vocab_size, model.hidden_size, model.loss_chunk_size)
+        self.head = Head(vocab_size, model.hidden_size, model.loss_chunk_size, place.tp)
         if model.tie_embeddings:
             self.head.tie(self.embedding.weight)
         self.recompute = config.training.recompute == "full"
@@ -119,15 +136,22 @@ class Decoder(nn.Module):
         targets: float | None = None,
         each: bool = False,
     ) -> ModelOutput:
-        """Loss of a micro-batch; arguments as in :class:`megamoe.data.batch.Batch`.
+        """Loss of a micro-batch; arguments as in :class:`megamoe.data.batch.Batch`, the same on all of its ranks.
+
+        Over cp, loss and gradients are such that their mean over the ranks is right: of the cross entropy each has that
+        of its positions; of the auxiliary losses, which are of the whole micro-batch everywhere, each has the gradients
+        of its own rows, times P.
 
         Args:
             each: score every label by itself; the loss has no gradient then.
         """
         hidden_BSD, layers = self._hidden(tokens_BS, documents_BS=documents_BS)
+        cp, labels_BS = self.place.cp, own_positions(labels_BS, self.place.cp)
+        if targets is not None:
+            targets /= cp.size
         scores = self.head(hidden_BSD, labels_BS, each=True) if each else None
         cross_entropy = self.head(hidden_BSD, labels_BS, targets) if scores is None else scores.mean(targets)
-        auxiliary = [term for aux in layers for term in aux.losses.values()]
+        auxiliary = [with_gradient_share(term, cp.size) for aux in layers for term in aux.losses.values()]
         return ModelOutput(sum(auxiliary, cross_entropy), cross_entropy, layers, scores)
 
     def logits(self, tokens_BS: Tensor, caches: list[KeyValueCache] | None = None) -> Tensor:
@@ -143,7 +167,8 @@ class Decoder(nn.Module):
     def _hidden(
         self, tokens_BS: Tensor, caches: list[KeyValueCache] | None = None, documents_BS: Tensor | None = None
     ) -> tuple[Tensor, tuple[LayerAux, ...]]:
-        x_BSD, layers = self.embedding(tokens_BS), []
+        x_BSD = self.embedding(own_positions(tokens_BS, self.place.cp))
+        x_BSD, layers = reduce_scatter_sequence(x_BSD, self.place.tp), []
         mask_B1SS = document_mask(documents_BS) if documents_BS is not None else None
         for index, block in enumerate(self.blocks):
             if self.recompute and self.training:
@@ -153,3 +178,14 @@ class Decoder(nn.Module):
                 x_BSD, aux = block(x_BSD, tokens_BS, cache, documents_BS, mask_B1SS)
             layers.append(aux)
         return self.norm(x_BSD), tuple(layers)
+
+
+def replicated(model: nn.Module) -> list[nn.Parameter]:
+    """The trained parameters that every tp rank holds whole and applies to its own positions or heads only: norms,
+    routers, shared experts, and key and value projections with fewer heads than ranks."""
+    return [p for p in model.parameters() if p.requires_grad and not shards_of(p)]
+
+
+def own_positions(values_BS: Tensor, cp: Axis) -> Tensor:
+    """Those of the sequence's positions that this rank has, [B, S/P]."""
+    return values_BS.chunk(cp.size, dim=1)[cp.rank].contiguous() if cp.size > 1 else values_BS

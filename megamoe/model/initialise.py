@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
 from megamoe.common.determinism import stream_seed
 from megamoe.config.model import ModelConfig
-from megamoe.moe.layer import MoELayer
+from megamoe.moe.placement import WHOLE, Placement
 from megamoe.moe.routers.resonance import ResonanceRouter
+from megamoe.parallel.axis import Axis
+from megamoe.parallel.shards import Shard, part, shards_of, whole_shape
 
 RESIDUAL_OUTPUTS = ("attention.wo.weight", "ffn.w2.weight", "shared_experts.w2.weight", "experts.w2")
 """Matrices that write into the residual stream."""
@@ -25,6 +28,8 @@ def initialise(model: nn.Module, config: ModelConfig, seed: int) -> None:
     A weight depends on the seed, its name and, for an expert, its global number: not on the layout over ranks.
     """
     seen: set[nn.Parameter] = set()
+    place: Placement = getattr(model, "place", WHOLE)
+    axes = place.axes()
     for module_name, module in model.named_modules():
         for short_name, parameter in module.named_parameters(recurse=False):
             name = f"{module_name}.{short_name}"
@@ -36,7 +41,7 @@ def initialise(model: nn.Module, config: ModelConfig, seed: int) -> None:
             elif parameter.dim() == 1:
                 parameter.fill_(1.0)
             else:
-                _normal(parameter, _std(name, config), seed, name, _first_expert(model, module_name))
+                _normal(parameter, _std(name, config), axes, seed, name)
 
 
 def _std(name: str, config: ModelConfig) -> float:
@@ -44,22 +49,19 @@ def _std(name: str, config: ModelConfig) -> float:
     return config.init_std / scale
 
 
-def _first_expert(model: nn.Module, module_name: str) -> int | None:
-    """Global number of the first expert of the stacked weights in that module; None for any other module."""
-    parent_name, _, child = module_name.rpartition(".")
-    parent = model.get_submodule(parent_name) if child == "experts" else None
-    return parent.ep_rank * parent.num_local_experts if isinstance(parent, MoELayer) else None
-
-
-def _normal(parameter: Tensor, std: float, seed: int, name: str, first_expert: int | None) -> None:
-    if first_expert is None:
-        parameter.copy_(_draw(parameter, seed, name)).mul_(std)
+def _normal(parameter: Tensor, std: float, axes: Mapping[str, Axis], seed: int, name: str) -> None:
+    """Draw the whole and keep this rank's part; of stacked experts each by itself, under its global number."""
+    shape, shards = whole_shape(parameter, axes), shards_of(parameter)
+    if not (shards and shards[0] == Shard(0, "ep")):
+        parameter.copy_(part(_draw(shape, seed, name), shards, axes)).mul_(std)
         return
+    first = axes["ep"].rank * len(parameter)
+    inside = tuple(Shard(shard.dim - 1, shard.axis) for shard in shards[1:])
     for local, expert in enumerate(parameter):
-        expert.copy_(_draw(expert, seed, name, first_expert + local)).mul_(std)
+        expert.copy_(part(_draw(shape[1:], seed, name, first + local), inside, axes)).mul_(std)
 
 
-def _draw(like: Tensor, seed: int, *name: str | int) -> Tensor:
+def _draw(shape: torch.Size, seed: int, *name: str | int) -> Tensor:
     # Always drawn on the CPU in fp32, so that device and dtype do not change the numbers.
     generator = torch.Generator().manual_seed(stream_seed(seed, "init", *name))
-    return torch.randn(like.shape, generator=generator)
+    return torch.randn(shape, generator=generator)

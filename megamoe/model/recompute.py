@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
-from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from megamoe.moe.decisions import once
 
 
-def recomputed(block: nn.Module, *args: Any) -> Any:
+def recomputed(block: Callable[..., Any], *args: Any) -> Any:
     """`block(*args)`, of which only the inputs and the decisions are kept; the rest is computed again for the backward
     pass."""
     return checkpoint(block, *args, use_reentrant=False, context_fn=once)

@@ -12,6 +12,12 @@ from torch import Tensor
 _Decide = Callable[[Callable[[], Tensor]], Tensor]
 _taken: ContextVar[_Decide | None] = ContextVar("taken", default=None)
 """How decisions are taken in this thread at the moment; None: just so."""
+_recomputing: ContextVar[bool] = ContextVar("recomputing", default=False)
+
+
+def recomputing() -> bool:
+    """Whether this pass through the network repeats an earlier one."""
+    return _recomputing.get()
 
 
 def decided(decide: Callable[[], Tensor]) -> Tensor:
@@ -39,7 +45,7 @@ def once() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         tape.append(decide().detach())
         return tape[-1]
 
-    return _Taking(lambda: record), _Taking(lambda: _replay(iter(tape)))
+    return _Taking(lambda: record), _Taking(lambda: _replay(iter(tape)), again=True)
 
 
 def _replay(tape: Iterator[Tensor]) -> _Decide:
@@ -49,13 +55,14 @@ def _replay(tape: Iterator[Tensor]) -> _Decide:
 class _Taking(AbstractContextManager[None]):
     """Decisions are taken by what `make` makes, anew each time the context is entered."""
 
-    def __init__(self, make: Callable[[], _Decide]) -> None:
-        self._make = make
+    def __init__(self, make: Callable[[], _Decide], again: bool = False) -> None:
+        self._make, self._again = make, again
 
     def __enter__(self) -> None:
-        self._before = _taken.set(self._make())
+        self._before = _taken.set(self._make()), _recomputing.set(self._again)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        _taken.reset(self._before)
+        _taken.reset(self._before[0])
+        _recomputing.reset(self._before[1])

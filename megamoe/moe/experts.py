@@ -5,20 +5,43 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from megamoe.common.errors import TopologyError
+from megamoe.moe.placement import ALONE
 from megamoe.ops.expert_ffn import EXPERT_FFN
+from megamoe.parallel.axis import Axis
+from megamoe.parallel.shards import Shard, mark
 
 
 class Experts(nn.Module):
-    """L SwiGLU feed-forwards without biases.
+    """L SwiGLU feed-forwards without biases, or of each the part of this rank of an expert-tensor group of P.
 
-    w1, w3: [L, F, D]; w2: [L, D, F]. DeepSpeed saves and loads experts under exactly these names.
+    w1, w3: [L, F/P, D]; w2: [L, D, F/P]. DeepSpeed saves and loads experts under exactly these names. The results of
+    parts are partial: the whole feed-forward is their sum.
+
+    Args:
+        ffn_size: F, of the whole feed-forward.
+
+    Raises:
+        TopologyError: P does not divide F.
     """
 
-    def __init__(self, num_local: int, hidden_size: int, ffn_size: int, implementation: str = "auto") -> None:
+    def __init__(
+        self, num_local: int, hidden_size: int, ffn_size: int, implementation: str = "auto", etp: Axis = ALONE.etp
+    ) -> None:
         super().__init__()
-        self.w1 = nn.Parameter(torch.empty(num_local, ffn_size, hidden_size))
-        self.w2 = nn.Parameter(torch.empty(num_local, hidden_size, ffn_size))
-        self.w3 = nn.Parameter(torch.empty(num_local, ffn_size, hidden_size))
+        if ffn_size % etp.size:
+            raise TopologyError(
+                f"experts of width {ffn_size} cannot be cut into {etp.size} equal parts",
+                got=f"{ffn_size} % {etp.size} = {ffn_size % etp.size}",
+                expected=f"a multiple of {etp.size}",
+                todo="change moe.expert_ffn_size or parallel.etp",
+            )
+        part = ffn_size // etp.size
+        self.w1 = nn.Parameter(torch.empty(num_local, part, hidden_size))
+        self.w2 = nn.Parameter(torch.empty(num_local, hidden_size, part))
+        self.w3 = nn.Parameter(torch.empty(num_local, part, hidden_size))
+        for parameter, ffn_dim in ((self.w1, 1), (self.w2, 2), (self.w3, 1)):
+            mark(parameter, Shard(0, "ep"), Shard(ffn_dim, "etp"))
         self.implementation = implementation
 
     def forward(self, rows_RD: Tensor, weights_R: Tensor, rows_per_expert_L: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from megamoe.moe.ffn import FeedForward
 from megamoe.moe.marker import ExpertParallelMarker
 from megamoe.moe.placement import ExpertParallel
 from megamoe.moe.routers import RouterSize, Rows, build_router
+from megamoe.moe.spread import Spread
 from megamoe.moe.types import LayerAux
 from megamoe.ops.rows import gather_rows, sum_rows
 
@@ -39,8 +40,11 @@ class MoELayer(ExpertParallelMarker):
         ops = ops or OpsConfig()
         size = RouterSize(hidden_size, config.num_experts, config.top_k, vocab_size, ops, number, config.broadcast)
         self.router = build_router(config.router, size, config.capacity, ep)
-        self.dispatcher = build_dispatcher(config.dispatcher, ep.group, broadcasts=config.broadcast is not None)
-        self.experts = Experts(config.num_experts // ep.size, hidden_size, config.expert_ffn_size, ops.expert_ffn)
+        broadcasts = config.broadcast is not None
+        self.dispatcher = build_dispatcher(config.dispatcher, ep.group, broadcasts=broadcasts, etp=ep.etp)
+        self.tokens = ep.tokens
+        num_local = config.num_experts // ep.size
+        self.experts = Experts(num_local, hidden_size, config.expert_ffn_size, ops.expert_ffn, ep.etp)
         self.shared_experts = (
             FeedForward(hidden_size, config.num_shared_experts * config.expert_ffn_size)
             if config.num_shared_experts
@@ -54,12 +58,15 @@ class MoELayer(ExpertParallelMarker):
         """[..., D] to ([..., D], auxiliary losses, observations and metrics). The residual is the caller's.
 
         Args:
-            token_ids: int64 [...], vocabulary entries of the rows, for routers that look at them.
+            token_ids: int64 [...], vocabulary entries of the rows, for routers that look at them; of all rows of the
+                micro-batch where these are spread over ranks.
             documents: int64 [B, S], number of each row's document in its sequence, negative: padding; None: each
                 sequence (the last but one dim) is one document.
         """
         rows_TD, ids_T, sequences_T = x.reshape(-1, x.shape[-1]), None, None
-        num_rows, real = rows_TD.shape[0], None
+        num_rows, real, spread = rows_TD.shape[0], None, None
+        if self.tokens.size > 1:  # a micro-batch with documents is refused then
+            spread = Spread(self.tokens, num_rows // x.shape[-2], x.shape[-2])
         if documents is not None or self.router.broadcast is not None:  # nobody else asks which rows belong together
             sequences_T = sequences(x, documents)
         if token_ids is not None:
@@ -70,7 +77,8 @@ class MoELayer(ExpertParallelMarker):
             rows_TD = gather_rows(rows_TD, real)
             sequences_T = torch.unique_consecutive(sequences_T[real], return_inverse=True)[1]
             ids_T = ids_T[real] if ids_T is not None else None
-        plan = self.router(rows_TD, Rows(ids_T, sequences_T, num_rows))
+        size = num_rows if spread is None else spread.num_rows
+        plan = self.router(rows_TD, Rows(ids_T, sequences_T, size, spread))
         rows_RD, rows_per_expert_L, handle = self.dispatcher.dispatch(rows_TD, plan)
         out_RD = self.experts(rows_RD, handle.weights_R, rows_per_expert_L)
         out_TD = self.dispatcher.combine(out_RD, handle)

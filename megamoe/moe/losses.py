@@ -34,6 +34,11 @@ def orthogonality_loss(vectors_ED: Tensor) -> Tensor:
     return off_diagonal.square().sum() / max(1, num_experts * (num_experts - 1))
 
 
+def with_gradient_share(loss: Tensor, share: float) -> Tensor:
+    """The loss with its gradient multiplied by `share`; its value stays."""
+    return loss if share == 1.0 else loss.detach() + share * (loss - loss.detach())
+
+
 def locality_loss(probs_TE: Tensor, local_E: Tensor, smoothing: float) -> Tensor:
     """KL(D_c || D_l), 0 iff equal (LocMoE, arXiv 2401.13920).
 

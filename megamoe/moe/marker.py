@@ -44,6 +44,8 @@ class ExpertParallelMarker(AutoEPMoELayer):
             tags = {
                 # Gradients are reduced over the expert-data group instead of the data-parallel group.
                 "allreduce": False,
+                # Counted in the gradient's norm on every rank of a tensor-parallel group, not on the first only.
+                "model_parallel": True,
                 "group_name": self.ep_group_name,
                 # ZeRO-3 trains wrongly, without a message, where these two are missing.
                 "ds_zero_placement_family": "autoep_expert",

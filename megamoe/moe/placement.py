@@ -1,9 +1,10 @@
-"""Where the experts of a layer are."""
+"""Where the parts of a model are."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
+from megamoe.parallel.axis import Axis
 from megamoe.parallel.groups import ProcessGroup
 
 
@@ -15,6 +16,10 @@ class ExpertParallel(NamedTuple):
     group: ProcessGroup | None = None
     node: tuple[int, ...] | None = None
     """Places in the group that are on this rank's node; None: all of them."""
+    etp: Axis = Axis()
+    """Ranks that hold parts of the same experts, and different tokens."""
+    tokens: Axis = Axis()
+    """Ranks over which the tokens of one micro-batch are spread, in the order of their positions."""
 
     def on_node(self, num_experts: int) -> list[bool]:
         """For each of E experts, whether its rank is on this node."""
@@ -22,5 +27,20 @@ class ExpertParallel(NamedTuple):
         return [self.node is None or expert // held in self.node for expert in range(num_experts)]
 
 
+class Placement(NamedTuple):
+    """This rank's place on every axis that a model is spread over inside one pipeline stage."""
+
+    experts: ExpertParallel = ExpertParallel()
+    tp: Axis = Axis()
+    cp: Axis = Axis()
+
+    def axes(self) -> dict[str, Axis]:
+        """The axes along which parameters are cut, by name."""
+        experts = self.experts
+        return {"tp": self.tp, "ep": Axis(experts.size, experts.rank, experts.group), "etp": experts.etp}
+
+
 ALONE = ExpertParallel()
 """All experts on this rank."""
+WHOLE = Placement()
+"""The whole model on this rank."""

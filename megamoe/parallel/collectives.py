@@ -60,12 +60,12 @@ def _for_peers(error: Exception | None) -> MegamoeError | None:
     return PeerError(f"{type(error).__name__}: {error}")
 
 
-def gather_objects(value: Result) -> list[Result]:
-    """The value of every rank, rank 0 first, on every rank."""
-    if world_size() == 1:
+def gather_objects(value: Result, group: ProcessGroup | None = None) -> list[Result]:
+    """The value of every rank of a group (None: all), in its order, on every one of them."""
+    if world_size(group) == 1:
         return [value]
-    values: list[Result] = [value] * world_size()
-    dist.all_gather_object(values, value)
+    values: list[Result] = [value] * world_size(group)
+    dist.all_gather_object(values, value, group=group)
     return values
 
 
@@ -74,7 +74,7 @@ def reduce_dict(
 ) -> dict[str, Tensor]:
     """All-reduce a dictionary of tensors as one message, in fp64 if any of them is, else in fp32.
 
-    Every rank passes the same names, shapes and dtypes.
+    Every rank passes the same names, shapes and dtypes; the results have these dtypes, as on one rank.
     """
     names = sorted(values)
     if not names or world_size(group) == 1:
@@ -84,7 +84,7 @@ def reduce_dict(
     flat = torch.cat([values[name].reshape(-1).to(dtype) for name in names])
     dist.all_reduce(flat, op=dist.ReduceOp.SUM if how == "sum" else dist.ReduceOp.MAX, group=group)
     pieces = flat.split([values[name].numel() for name in names])
-    return {name: piece.view(values[name].shape) for name, piece in zip(names, pieces, strict=True)}
+    return {name: piece.view_as(values[name]).to(values[name].dtype) for name, piece in zip(names, pieces, strict=True)}
 
 
 def all_reduce_max(value: Tensor) -> Tensor:

@@ -15,10 +15,10 @@ ProcessGroup = dist.ProcessGroup
 
 @dataclass(frozen=True)
 class RankGroup:
-    """The group of one axis that this rank belongs to."""
+    """The group of one axis, or of several together, that this rank belongs to."""
 
     ranks: Group
-    """Global ranks, ascending; a rank's place in it is its coordinate on the axis."""
+    """Global ranks, ascending; a rank's place in it is its coordinate, the last axis fastest."""
     place: int
     """This rank's coordinate."""
     handle: ProcessGroup
@@ -29,6 +29,17 @@ class RankGroup:
         return len(self.ranks)
 
 
+AXES: dict[str, tuple[str, ...]] = {
+    **{axis: (axis,) for axis in ("dp", "cp", "tp", "pp", "ep", "edp", "etp")},
+    "replica": ("dp", "cp"),
+    "micro_batch": ("cp", "tp"),
+    "model": ("pp", "tp"),
+    "stage": ("dp", "cp", "tp"),
+    "experts": ("ep", "etp"),
+}
+"""The fields of :class:`Groups` and the axes along which their ranks differ."""
+
+
 @dataclass(frozen=True)
 class Groups:
     """This rank's groups."""
@@ -36,25 +47,48 @@ class Groups:
     topology: Topology
     rank: int
     dp: RankGroup
+    """Ranks that read different samples."""
+    cp: RankGroup
+    """Ranks that hold different parts of the same sequences, and the same weights."""
+    tp: RankGroup
+    """Ranks that hold different parts of the same matrices."""
+    pp: RankGroup
+    """Ranks that hold different blocks."""
     ep: RankGroup
+    """Ranks that hold different experts."""
     edp: RankGroup
+    """Ranks that hold the same experts (the same parts of them)."""
+    etp: RankGroup
+    """Ranks that hold different parts of the same experts."""
+    replica: RankGroup
+    """dp x cp: ranks that hold the same dense weights; what DeepSpeed takes for data parallel."""
+    micro_batch: RankGroup
+    """cp x tp: ranks over which the tokens of one micro-batch are spread."""
+    model: RankGroup
+    """pp x tp: ranks that together hold the dense weights once."""
+    stage: RankGroup
+    """dp x cp x tp: all ranks of a pipeline stage."""
+    experts: RankGroup
+    """ep x etp: ranks that together hold a stage's experts once."""
 
 
 def build_groups(topology: Topology, timeout: timedelta | None = None) -> Groups:
-    """Make every group of every axis. Collective: all ranks of the default group call it once, in the same order.
+    """Make every group. Collective: all ranks of the default group call it once, in the same order.
 
     Args:
         timeout: limit of every collective of these groups; they do not inherit the default group's. None: torch's.
     """
-    rank = dist.get_rank()
-    return Groups(topology, rank, *(_build_axis(topology, axis, rank, timeout) for axis in ("dp", "ep", "edp")))
+    rank, made = dist.get_rank(), dict[tuple[Group, ...], RankGroup]()
+    fields = {name: _build(topology.groups(*axes), rank, timeout, made) for name, axes in AXES.items()}
+    return Groups(topology, rank, **fields)
 
 
-def _build_axis(topology: Topology, axis: str, rank: int, timeout: timedelta | None) -> RankGroup:
-    mine: RankGroup | None = None
-    for ranks in topology.groups(axis):
-        handle = dist.new_group(list(ranks), timeout=timeout)
-        if rank in ranks:
-            mine = RankGroup(ranks, ranks.index(rank), handle)
-    assert mine is not None, "the groups of an axis hold every rank"
-    return mine
+def _build(
+    groups: tuple[Group, ...], rank: int, timeout: timedelta | None, made: dict[tuple[Group, ...], RankGroup]
+) -> RankGroup:
+    """This rank's group of those; made once for all axes along which the same ranks meet."""
+    if groups not in made:
+        handles = {ranks: dist.new_group(list(ranks), timeout=timeout) for ranks in groups}
+        mine = next(ranks for ranks in groups if rank in ranks)
+        made[groups] = RankGroup(mine, mine.index(rank), handles[mine])
+    return made[groups]

@@ -14,7 +14,6 @@ from megamoe.common.log import get_logger
 from megamoe.config.run import RunConfig
 from megamoe.data.sft import RowsSummary
 from megamoe.moe.broadcast import normalised_entropy
-from megamoe.moe.layer import MoELayer
 from megamoe.moe.routers.base import Router, Rows
 from megamoe.moe.types import RoutingPlan
 from megamoe.parallel import collectives
@@ -76,7 +75,7 @@ def quantile(histogram: Tensor, share: float) -> float:
 @contextmanager
 def _entropies(engine: Engine) -> Iterator[dict[Router, Tensor]]:
     """Per router the histogram of its entropies while the context is open, padding left out."""
-    routers = [block.ffn.router for block in engine.model.blocks if isinstance(block.ffn, MoELayer)]
+    routers = list(engine.routers().values())
     device = next(engine.model.buffers()).device
     histograms = {router: torch.zeros(BINS, dtype=torch.float64, device=device) for router in routers}
 

@@ -9,14 +9,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from megamoe.common.errors import CheckpointError
 from megamoe.common.log import get_logger, setup_logging
 from megamoe.config.architecture import architecture
 from megamoe.config.run import RunConfig
-from megamoe.model.decoder import Decoder
+from megamoe.model.decoder import Decoder, replicated
+from megamoe.model.pipeline import DecoderStage
 from megamoe.moe.layer import MoELayer
 from megamoe.ops.expert_ffn import EXPERT_FFN
 from megamoe.parallel import collectives
+from megamoe.parallel.axis import axis_of
+from megamoe.parallel.regions import sum_replicated_gradients
 from megamoe.training.checkpoint import folder as folders
 from megamoe.training.checkpoint.load import check, find, load_checkpoint
 from megamoe.training.checkpoint.save import save_checkpoint, topology_of
@@ -24,8 +29,9 @@ from megamoe.training.engine import Engine
 from megamoe.training.interrupt import catch_signals
 from megamoe.training.loop import Loop
 from megamoe.training.monitors import monitors
+from megamoe.training.pipeline_engine import PipelineEngine
 from megamoe.training.run_folder import MetricsFile, open_run_folder, write_config
-from megamoe.training.setup import Runtime, expert_parallel
+from megamoe.training.setup import Runtime, placement
 from megamoe.training.state import TrainState
 from megamoe.training.step import Loader
 from megamoe.training.trainable import select_trainable
@@ -59,7 +65,7 @@ class Job:
     tokenizer: Path
     digest: str
     vocab_size: int
-    fill: Callable[[Decoder], None]
+    fill: Callable[[nn.Module], None]
     begin: Callable[[Engine], None] = lambda engine: None
 
 
@@ -101,15 +107,17 @@ def carry_out(job: Job, config: RunConfig, runtime: Runtime) -> TrainState:
     return state
 
 
-def build_engine(config: RunConfig, runtime: Runtime, vocab_size: int, fill: Callable[[Decoder], None]) -> Engine:
-    """The model of this rank inside the engine, with the weights that `fill` gives it."""
-    groups = runtime.groups
-    model = Decoder(config, vocab_size, expert_parallel(groups))
-    fill(model)
-    selection = select_trainable(model, config)
-    if selection.trained < selection.total:
-        log.info("%s", selection)
-    engine = Engine(config, model.to(runtime.device), groups)
+def build_engine(config: RunConfig, runtime: Runtime, vocab_size: int, fill: Callable[[nn.Module], None]) -> Engine:
+    """The model of this rank inside the engine, with the weights that `fill` gives it. Collective."""
+    groups, place = runtime.groups, placement(runtime.groups)
+    if groups.pp.size > 1:
+        stage = DecoderStage(config, vocab_size, place, groups.pp.place)
+        _prepare(stage, config, runtime, fill)
+        engine: Engine = PipelineEngine(config, stage, groups)
+    else:
+        model = Decoder(config, vocab_size, place)
+        _prepare(model, config, runtime, fill)
+        engine = Engine(config, model, groups)
     parameter = next(engine.model.parameters())
     log.info("%s", EXPERT_FFN.choose(config.ops.expert_ffn, parameter.device, parameter.dtype))
     for remark in _remarks(config, engine.model):
@@ -117,7 +125,21 @@ def build_engine(config: RunConfig, runtime: Runtime, vocab_size: int, fill: Cal
     return engine
 
 
-def _remarks(config: RunConfig, model: Decoder) -> list[str]:
+def _prepare(model: nn.Module, config: RunConfig, runtime: Runtime, fill: Callable[[nn.Module], None]) -> None:
+    """Weights, what of them is trained, and what tensor parallelism asks of gradients."""
+    fill(model)
+    own, pp = [name for name, _ in model.named_parameters()], runtime.groups.pp
+    stages = collectives.gather_objects(own, pp.handle) if pp.size > 1 else [own]
+    names = [name for stage in stages for name in stage]
+    # Together: what is left to train can differ between stages.
+    selection = collectives.together(lambda: select_trainable(model, config, names))
+    if selection.trained < selection.total:
+        log.info("%s", selection)
+    sum_replicated_gradients(replicated(model), axis_of(runtime.groups.tp))
+    model.to(runtime.device)
+
+
+def _remarks(config: RunConfig, model: nn.Module) -> list[str]:
     """What a user should know about the settings of routing."""
     capacity = config.moe.capacity
     unused = sorted(capacity.model_fields_set & UNUSED.get(capacity.mode, set()))

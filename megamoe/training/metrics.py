@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from megamoe.model.decoder import ModelOutput
-from megamoe.parallel.collectives import reduce_dict, world_size
-from megamoe.parallel.groups import ProcessGroup
+from megamoe.parallel.collectives import gather_objects, reduce_dict
+from megamoe.parallel.groups import Groups
 
 INTERRUPTED = "interrupted"
 
@@ -68,12 +68,13 @@ class Accumulator:
         else:
             _add(self.means if reduction == "mean" else self.sums, name, value)
 
-    def reduce(self, group: ProcessGroup, interrupted: bool = False) -> StepMetrics:
-        """Combine micro-batches and the ranks of the data-parallel group. Collective; two small all-reduces.
+    def reduce(self, groups: Groups, interrupted: bool = False) -> StepMetrics:
+        """Combine micro-batches and ranks. Collective; two small all-reduces, and one exchange between stages if any.
 
         The results lie on the host: this is the one place of a step that waits for the device.
         """
-        share = 1.0 / (max(1, self.count) * world_size(group))
+        group = groups.stage.handle
+        share = 1.0 / (max(1, self.count) * groups.stage.size)
         means = {f"mean/{name}": value * share for name, value in self.means.items()}
         added = reduce_dict(means | {f"sum/{name}": value for name, value in self.sums.items()}, group)
         flag = torch.tensor(float(interrupted), device=next(iter(self.means.values())).device)
@@ -83,7 +84,18 @@ class Accumulator:
         values = {name.removeprefix("mean/"): v for name, v in added.items() if name.startswith("mean/")}
         sums = {name.removeprefix("sum/"): v for name, v in added.items() if name.startswith("sum/")}
         values |= {name: v for name, v in sums.items() if name.startswith("layers.")} | largest
-        return StepMetrics(values, _by_layer(sums), stop)
+        result = StepMetrics(values, _by_layer(sums), stop)
+        return result if groups.pp.size == 1 else _merged(gather_objects(result, groups.pp.handle))
+
+
+def _merged(stages: list[StepMetrics]) -> StepMetrics:
+    """What the stages of a pipeline saw: losses add up, blocks stand side by side."""
+    values: dict[str, Tensor] = {}
+    for stage in stages:
+        for name, value in stage.values.items():
+            values[name] = values[name] + value if name in values and not name.startswith("layers.") else value
+    observations = {index: seen for stage in stages for index, seen in stage.observations.items()}
+    return StepMetrics(values, observations, any(stage.interrupted for stage in stages))
 
 
 def on_host(values: dict[str, Tensor]) -> dict[str, Tensor]:

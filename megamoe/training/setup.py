@@ -13,7 +13,8 @@ import torch.distributed as dist
 from megamoe.common import env
 from megamoe.common.errors import LostPeerError, TopologyError
 from megamoe.config.parallel import ParallelConfig
-from megamoe.moe.placement import ExpertParallel
+from megamoe.moe.placement import ExpertParallel, Placement
+from megamoe.parallel.axis import axis_of
 from megamoe.parallel.groups import Groups, build_groups
 from megamoe.parallel.topology import Topology
 
@@ -74,11 +75,13 @@ def _naming_lost_peers() -> Iterator[None]:
         ) from error
 
 
-def expert_parallel(groups: Groups) -> ExpertParallel:
-    """This rank's place among the experts. Nodes hold equally many consecutive ranks, as launchers place them."""
-    per_node = env.local_world_size()
-    node = tuple(place for place, rank in enumerate(groups.ep.ranks) if rank // per_node == groups.rank // per_node)
-    return ExpertParallel(groups.ep.size, groups.ep.place, groups.ep.handle, node)
+def placement(groups: Groups) -> Placement:
+    """This rank's place in its pipeline stage. Nodes hold equally many consecutive ranks, as launchers place them."""
+    per_node, ep = env.local_world_size(), groups.ep
+    node = tuple(place for place, rank in enumerate(ep.ranks) if rank // per_node == groups.rank // per_node)
+    etp, tokens = axis_of(groups.etp), axis_of(groups.micro_batch)
+    experts = ExpertParallel(ep.size, ep.place, ep.handle, node, etp, tokens)
+    return Placement(experts, axis_of(groups.tp), axis_of(groups.cp))
 
 
 def _join(device: torch.device, timeout: timedelta) -> None:

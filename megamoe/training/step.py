@@ -8,7 +8,6 @@ from typing import Protocol
 from megamoe.config import derive
 from megamoe.config.run import RunConfig
 from megamoe.data.batch import Batch
-from megamoe.moe.layer import MoELayer
 from megamoe.training.engine import Engine
 from megamoe.training.metrics import Accumulator, StepMetrics
 from megamoe.training.setup import Runtime
@@ -46,16 +45,14 @@ def train_step(
         What all ranks saw together, and the global gradient norm.
     """
     accumulator = Accumulator()
-    for number, batch in enumerate(batches, start=1):
-        accumulator.add(engine.micro_step(batch, last=number == len(batches)))
-    grad_norm = engine.optimizer_step(lr_factor)
-    result = accumulator.reduce(engine.groups.dp.handle, interrupted)
+    grad_norm = engine.train(batches, lr_factor, accumulator.add)
+    result = accumulator.reduce(engine.groups, interrupted)
     update_statistics(engine, result)
     return result, grad_norm
 
 
 def update_statistics(engine: Engine, result: StepMetrics) -> None:
     """Move every router's running statistics by one optimizer step, equally on all ranks."""
-    for index, block in enumerate(engine.model.blocks):
-        if isinstance(block.ffn, MoELayer) and index in result.observations:
-            block.ffn.router.update(result.observations[index])
+    for index, router in engine.routers().items():
+        if index in result.observations:
+            router.update(result.observations[index])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -12,8 +13,8 @@ from torch import nn
 
 from megamoe.common.errors import ConfigError
 from megamoe.config.run import RunConfig
-from megamoe.moe.marker import is_expert
 from megamoe.moe.routers.base import Router
+from megamoe.parallel.shards import shards_of
 
 ROUTERS = "*.ffn.router.*"
 """The parameters of all routers."""
@@ -21,7 +22,7 @@ ROUTERS = "*.ffn.router.*"
 
 @dataclass(frozen=True)
 class Selection:
-    """How many scalars are trained, of how many; experts of all ranks counted."""
+    """How many scalars are trained, of how many; parts on all ranks counted."""
 
     trained: int
     total: int
@@ -30,23 +31,27 @@ class Selection:
         return f"training {self.trained:,} of {self.total:,} parameters ({self.trained / self.total:.1%})"
 
 
-def select_trainable(model: nn.Module, config: RunConfig) -> Selection:
+def select_trainable(model: nn.Module, config: RunConfig, names: list[str] | None = None) -> Selection:
     """Set `requires_grad` of every parameter, and `frozen` of routers that lose all theirs.
 
     A parameter is trained if it matches one of `training.trainable` and none of `training.frozen`. Call it before the
     optimizer is built. Names are those of `named_parameters`, so a tied head is the embedding.
 
+    Args:
+        names: of all parameters, where the model is a part of the whole; None: it is the whole.
+
     Raises:
         ConfigError: a pattern matches no parameter, or no parameter is left to train.
     """
-    training, names = config.training, [name for name, _ in model.named_parameters()]
+    training, names = config.training, names or [name for name, _ in model.named_parameters()]
     _check_patterns("training.trainable", training.trainable, names)
     _check_patterns("training.frozen", training.frozen, names)
     frozen = frozen_patterns(config)
     trained = total = 0
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(_matches(name, training.trainable) and not _matches(name, frozen))
-        size = parameter.numel() * (config.parallel.ep if is_expert(parameter) else 1)
+        degrees = (getattr(config.parallel, shard.axis) for shard in shards_of(parameter))
+        size = math.prod(degrees, start=parameter.numel())
         total, trained = total + size, trained + size * parameter.requires_grad
     if not trained:
         raise ConfigError(

@@ -25,7 +25,7 @@ def mean_loss(engine: Engine, data: Loader, config: RunConfig, runtime: Runtime)
         for number in range(config.training.validation.batches):
             for batch in rank_batches(data, config, runtime, number * config.training.global_batch_size):
                 accumulator.add(engine.evaluate(batch))
-    return {"validation_loss": float(accumulator.reduce(runtime.groups.dp.handle).values["cross_entropy"])}
+    return {"validation_loss": float(accumulator.reduce(runtime.groups).values["cross_entropy"])}
 
 
 class Rows(Loader, Protocol):

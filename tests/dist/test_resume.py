@@ -36,12 +36,20 @@ LAYOUTS = [
     pytest.param(2, 2, 2, ("moe.router.score=sigmoid", "moe.router.bias_update_rate=0.01"), id="ep2_zero2_bias"),
     pytest.param(2, 1, 3, (), id="edp2_zero3"),
     pytest.param(4, 2, 3, ("moe.router.type=resonance",), id="ep2_edp2_zero3"),
+    pytest.param(2, 1, 0, ("parallel.tp=2",), id="tp2_zero0"),
+    pytest.param(2, 2, 1, ("parallel.tp=2", "training.precision=bf16"), id="tp2_ep2_zero1_bf16"),
+    pytest.param(
+        2, 1, 3, ("parallel.tp=2", "moe.router.type=resonance", "training.frozen=[embedding*]"), id="tp2_zero3"
+    ),
+    pytest.param(4, 2, 2, ("parallel.tp=2", "parallel.etp=2", "moe.capacity.mode=static"), id="tp2_ep2_etp2_zero2"),
+    pytest.param(2, 2, 1, ("parallel.cp=2", "moe.router.type=resonance"), id="cp2_ep2_zero1"),
     pytest.param(2, 2, 1, ("training.optimizer.type=muon", "training.gradient_clipping=0.0"), id="ep2_zero1_muon"),
 ]
 IGNORED = (
     "/ds_config/",  # holds the run's own path
     # DeepSpeed leaves the padding of ZeRO-3's partitions uninitialised; the masters themselves are in weights/.
     "/optimizer_state_dict/fp32_flat_groups/",
+    "/optimizer/fp32_flat_groups/",
 )
 TIMING = ("tokens_per_second", "step_seconds")
 

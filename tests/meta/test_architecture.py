@@ -40,7 +40,11 @@ SINGLE_PLACES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         (
             "megamoe/moe/marker.py",
             "megamoe/training/engine.py",
+            "megamoe/training/pipeline_engine.py",
+            "megamoe/training/optimizer_states.py",
+            "megamoe/training/workarounds.py",
             "megamoe/training/checkpoint",
+            "megamoe/model/context.py",
             "megamoe/data/indexed.py",
             "megamoe/bench/",
         ),

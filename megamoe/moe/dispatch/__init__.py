@@ -7,20 +7,28 @@ import torch.distributed as dist
 from megamoe.moe.dispatch.all_to_all import AllToAllDispatcher
 from megamoe.moe.dispatch.base import Dispatcher
 from megamoe.moe.dispatch.broadcast import BroadcastDispatcher
+from megamoe.moe.dispatch.expert_tensor import ExpertTensorDispatcher
 from megamoe.moe.dispatch.local import LocalDispatcher
 from megamoe.moe.dispatch.padded import PaddedDispatcher
+from megamoe.moe.placement import ALONE
+from megamoe.parallel.axis import Axis
 
 
-def build_dispatcher(name: str, group: dist.ProcessGroup | None, *, broadcasts: bool = False) -> Dispatcher:
+def build_dispatcher(
+    name: str, group: dist.ProcessGroup | None, *, broadcasts: bool = False, etp: Axis = ALONE.etp
+) -> Dispatcher:
     """The dispatcher called `name` (`moe.dispatcher`) over an expert-parallel group; None is a group of this rank.
 
     `auto` takes padded where the group has more than one rank, which is all_to_all for plans without a capacity.
 
     Args:
         broadcasts: whether plans may have rows to broadcast.
+        etp: ranks that hold parts of the same experts.
     """
-    inner = _build(name, group)
-    return BroadcastDispatcher(inner, group) if broadcasts else inner
+    dispatcher = _build(name, group)
+    if broadcasts:
+        dispatcher = BroadcastDispatcher(dispatcher, group)
+    return ExpertTensorDispatcher(dispatcher, etp) if etp.size > 1 else dispatcher
 
 
 def _build(name: str, group: dist.ProcessGroup | None) -> Dispatcher:

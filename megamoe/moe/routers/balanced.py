@@ -25,5 +25,6 @@ class BalancedRouter(FixedRouter):
         super().__init__(size, capacity, ep)
 
     def forward(self, rows_TD: Tensor, about: Rows = NOTHING) -> RoutingPlan:
-        turns_A = torch.arange(len(rows_TD) * self.top_k, device=rows_TD.device)
-        return self.fixed_plan(rows_TD, turns_A.view(-1, self.top_k) % self.num_experts)
+        num_rows = len(rows_TD) if about.spread is None else about.spread.num_rows
+        turns_A = torch.arange(num_rows * self.top_k, device=rows_TD.device)
+        return self.fixed_plan(rows_TD, turns_A.view(-1, self.top_k) % self.num_experts, about)

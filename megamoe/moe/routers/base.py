@@ -16,6 +16,7 @@ from megamoe.moe.bounds import Limits, build_bound
 from megamoe.moe.broadcast import Broadcast, Decision
 from megamoe.moe.capacity import keep_within
 from megamoe.moe.placement import ALONE, ExpertParallel
+from megamoe.moe.spread import Spread
 from megamoe.moe.stats import Metrics
 from megamoe.moe.types import BroadcastRows, RoutingPlan
 from megamoe.ops.row_softmax import row_softmax
@@ -46,6 +47,17 @@ class Rows(NamedTuple):
     """int64 [T]: number of each row's sequence; negative: padding. None: all rows are one sequence."""
     size: int | None = None
     """Rows of the micro-batch with its padding, equal on all ranks: what a capacity is a share of. None: T."""
+    spread: Spread | None = None
+    """Where the rows of the router's input are a part of the micro-batch: which one. All other fields are of the whole
+    micro-batch. None: it is whole."""
+
+    def whole(self, rows: Tensor) -> Tensor:
+        """Values [T, ...] of the input's rows to those of all rows of the micro-batch."""
+        return rows if self.spread is None else self.spread.whole(rows)
+
+    def share(self) -> float:
+        """Part of a sum over the whole micro-batch that one of its ranks counts, so that their sum is right."""
+        return 1.0 if self.spread is None else 1.0 / self.spread.axis.size
 
 
 NOTHING = Rows()
@@ -82,6 +94,10 @@ class Broadcasting(NamedTuple):
 
 class Router(nn.Module, ABC):
     """Maps rows [T, D] to a :class:`RoutingPlan`, as a pure function of rows, parameters and running statistics.
+
+    Where a micro-batch is spread over ranks (`Rows.spread`), each rank scores its own rows, all ranks decide on the
+    scores of the whole micro-batch, and the plan is that of the own rows. Losses and metrics are of the whole
+    micro-batch, their gradients those of the own rows, observations this rank's share.
 
     Running statistics are fp32 buffers. `forward` only observes (`plan.observations`); the training step sums the
     observations over micro-batches and ranks and calls `update` once per optimizer step, so recomputation and
@@ -166,7 +182,7 @@ class Router(nn.Module, ABC):
             kept = kept_A.nonzero().squeeze(-1)
             experts_A, weights_A, tokens_A = experts_A[kept], weights_A[kept], tokens_A[kept]
         broadcast = self.broadcast_rows(decision, outcome, choice.weights_TK)
-        return self.assemble(tokens_A, experts_A, weights_A, outcome, num_tokens, limits, broadcast)
+        return self.assemble(tokens_A, experts_A, weights_A, outcome, about, limits, broadcast)
 
     def keep(self, choice: Choice, limits: Limits | None, threshold: float, about: Rows) -> Tensor:
         """Which choices the experts keep: bool [T * K]. Choices of expert number E are nobody's and take no room."""
@@ -206,11 +222,12 @@ class Router(nn.Module, ABC):
         experts_A: Tensor,
         weights_A: Tensor,
         outcome: Outcome,
-        num_tokens: int,
+        about: Rows,
         limits: Limits | None,
         broadcast: Broadcasting | None = None,
     ) -> RoutingPlan:
         """Put assignments, which come in the order of their tokens (per expert), into the plan's order; describe it."""
+        num_tokens = len(outcome.logits_TE)
         experts_A, order_A = torch.sort(experts_A, stable=True)
         tokens_A, rows_per_expert_E = tokens_A[order_A], count(experts_A, self.num_experts)
         on_node_E = None if self.all_on_node else self.on_node_E
@@ -218,7 +235,7 @@ class Router(nn.Module, ABC):
         if limits is not None and self.bound is not None:
             metrics["capacity"] = (limits.per_expert_E.float(), "mean")
             metrics |= {name: (value, "mean") for name, value in self.bound.metrics().items()}
-        return RoutingPlan(
+        plan = RoutingPlan(
             token_ids_A=tokens_A,
             expert_ids_A=experts_A,
             weights_A=weights_A[order_A],
@@ -230,6 +247,7 @@ class Router(nn.Module, ABC):
             capacity=limits.slots if limits is not None else None,
             broadcast=broadcast.rows if broadcast is not None else None,
         )
+        return plan if about.spread is None else own_part(plan, about.spread)
 
     def _describe(
         self,
@@ -246,6 +264,24 @@ class Router(nn.Module, ABC):
             rows_per_expert_E + taken_E, tokens_A, num_tokens, self.top_k, on_node_E, decision.chosen_T
         )
         return metrics | self.broadcast.metrics(decision, tokens_A, self.top_k)
+
+
+def own_part(plan: RoutingPlan, spread: Spread) -> RoutingPlan:
+    """What a plan for a whole micro-batch says of the rows of this rank."""
+    own_T = spread.own(plan.logits_TE.device)
+    place_T = torch.full((spread.num_rows,), -1, device=own_T.device)
+    place_T[own_T] = torch.arange(len(own_T), device=own_T.device)
+    place_A = place_T[plan.token_ids_A]
+    kept = (place_A >= 0).nonzero().squeeze(-1)
+    experts_A = plan.expert_ids_A[kept]
+    return plan._replace(
+        token_ids_A=place_A[kept],
+        expert_ids_A=experts_A,
+        weights_A=plan.weights_A[kept],
+        rows_per_expert_E=count(experts_A, len(plan.rows_per_expert_E)),
+        logits_TE=plan.logits_TE[own_T],
+        capacity=None,  # of the whole micro-batch: this rank's part of it has no bound of its own
+    )
 
 
 def auxiliary_losses(

@@ -33,7 +33,7 @@ class ExpertChoiceRouter(LinearRouter):
         self.config = config
 
     def forward(self, rows_TD: Tensor, about: Rows = NOTHING) -> RoutingPlan:
-        logits_TE = self.logits(rows_TD)
+        logits_TE = about.whole(self.logits(rows_TD))
         scores_TE = row_softmax(logits_TE)
         expert_ids_TK = best(scores_TE, self.top_k)
         outcome = Outcome(
@@ -65,7 +65,7 @@ class ExpertChoiceRouter(LinearRouter):
             tokens_A, experts_A, weights_A = tokens_A[kept], experts_A[kept], weights_A[kept]
         broadcast = self.broadcast_rows(decision, outcome, weights_TK)
         limits = self.limits(size)
-        return self.assemble(tokens_A, experts_A, weights_A, outcome, num_tokens, limits, broadcast)
+        return self.assemble(tokens_A, experts_A, weights_A, outcome, about, limits, broadcast)
 
 
 def best_tokens(scores_TE: Tensor, capacity: int) -> Tensor:

@@ -15,10 +15,10 @@ class FixedRouter(Router):
     (Unless `moe.capacity.drop` is random: all affinities are equal, and ties go to the earlier token.)
     """
 
-    def fixed_plan(self, rows_TD: Tensor, expert_ids_TK: Tensor) -> RoutingPlan:
-        """The plan that sends each row to the experts given, K different ones."""
+    def fixed_plan(self, rows_TD: Tensor, expert_ids_TK: Tensor, about: Rows) -> RoutingPlan:
+        """The plan that sends each row of the micro-batch to the experts given, K different ones."""
         dtype = at_least_fp32(rows_TD[:0]).dtype
         weights_TK = rows_TD.new_full(expert_ids_TK.shape, 1.0 / self.top_k, dtype=dtype)
-        logits_TE = rows_TD.new_zeros(len(rows_TD), self.num_experts, dtype=dtype)
+        logits_TE = rows_TD.new_zeros(len(expert_ids_TK), self.num_experts, dtype=dtype)
         outcome = Outcome(logits_TE, None, losses={}, observations={}, metrics={})
-        return self.make_plan(Choice(expert_ids_TK, weights_TK, weights_TK), outcome, Rows())
+        return self.make_plan(Choice(expert_ids_TK, weights_TK, weights_TK), outcome, Rows(spread=about.spread))

@@ -35,7 +35,7 @@ class HashRouter(FixedRouter):
     def forward(self, rows_TD: Tensor, about: Rows = NOTHING) -> RoutingPlan:
         if about.token_ids_T is None:
             raise ValueError("the hash router needs the rows' vocabulary entries")
-        return self.fixed_plan(rows_TD, self.table_VK[about.token_ids_T])
+        return self.fixed_plan(rows_TD, self.table_VK[about.token_ids_T], about)
 
 
 def hash_table(seed: int, vocab_size: int, num_experts: int, top_k: int) -> Tensor:

@@ -108,6 +108,9 @@ class ResonanceRouter(Router):
         affinity_TE = self.affinity(rows_TD)
         kappa = self.scale()
         logits_TE = kappa * affinity_TE
+        if about.spread is not None:  # as one message
+            both = about.whole(torch.cat([affinity_TE.detach(), logits_TE], dim=1))
+            affinity_TE, logits_TE = both.detach()[:, : self.num_experts], both[:, self.num_experts :]
         probs_TE = row_softmax(logits_TE)
         expert_ids_TK = best(affinity_TE, self.top_k)
         affinity_TK = affinity_TE.detach().gather(1, expert_ids_TK)
@@ -117,8 +120,8 @@ class ResonanceRouter(Router):
         outcome = Outcome(
             logits_TE,
             probs_TE,
-            losses=self._losses(probs_TE, logits_TE, expert_ids_TK),
-            observations=self._observe(rows_TD, affinity_TE),
+            losses=self._losses(probs_TE, logits_TE, expert_ids_TK, about),
+            observations=self._observe(rows_TD, affinity_TE, about),
             metrics={
                 "router_entropy": (losses.entropy(probs_TE), "mean"),
                 "router_scale": (kappa.detach(), "mean"),
@@ -166,22 +169,29 @@ class ResonanceRouter(Router):
             lines.append("moe.router.scope local: which tokens an expert keeps depends on the parallel layout")
         return lines
 
-    def _losses(self, probs_TE: Tensor, logits_TE: Tensor, expert_ids_TK: Tensor) -> dict[str, Tensor]:
+    def _losses(self, probs_TE: Tensor, logits_TE: Tensor, expert_ids_TK: Tensor, about: Rows) -> dict[str, Tensor]:
         terms = auxiliary_losses(self.config, probs_TE, logits_TE, count(expert_ids_TK, self.num_experts))
         if self.config.orthogonality_loss and self.config.affinity == "cosine":
-            terms["orthogonality_loss"] = self.config.orthogonality_loss * losses.orthogonality_loss(self.weight)
+            # Not of rows: every rank of the micro-batch has the whole gradient of it, and they will be added up.
+            loss = losses.with_gradient_share(losses.orthogonality_loss(self.weight), about.share())
+            terms["orthogonality_loss"] = self.config.orthogonality_loss * loss
         if self.config.locality_loss:
             locality = losses.locality_loss(probs_TE, self.on_node_E, self.config.locality_smoothing)
             terms["locality_loss"] = self.config.locality_loss * locality
         return terms
 
-    def _observe(self, rows_TD: Tensor, affinity_TE: Tensor) -> dict[str, Tensor]:
+    def _observe(self, rows_TD: Tensor, affinity_TE: Tensor, about: Rows) -> dict[str, Tensor]:
         if not self.training:
             return {}
         seen = self.bound.observe(affinity_TE) if self.bound is not None else {}
+        if about.spread is not None:
+            seen = {name: value * about.share() for name, value in seen.items()}
         if self.centre:
             # Every n-th row: a mean over many steps needs no more, and all of them cost as much as their affinities.
-            sample_SD = at_least_fp32(rows_TD.detach()[:: math.ceil(len(rows_TD) / LARGEST_SAMPLE) or 1])
+            stride = math.ceil(len(affinity_TE) / LARGEST_SAMPLE) or 1
+            rows_TD = rows_TD.detach()
+            rows_TD = rows_TD[::stride] if about.spread is None else rows_TD[about.spread.every(stride, rows_TD.device)]
+            sample_SD = at_least_fp32(rows_TD)
             seen |= {"token_sum": sample_SD.sum(0), "token_count": sample_SD.new_full((1,), float(len(sample_SD)))}
         return seen
 

@@ -42,7 +42,7 @@ class SinkhornRouter(LinearRouter):
         self.config = config
 
     def forward(self, rows_TD: Tensor, about: Rows = NOTHING) -> RoutingPlan:
-        logits_TE = self.logits(rows_TD)
+        logits_TE = about.whole(self.logits(rows_TD))
         probs_TE = row_softmax(logits_TE)
         own_TK = best(logits_TE, self.top_k)
         outcome = Outcome(

@@ -42,7 +42,7 @@ class TopKRouter(LinearRouter):
         self.register_buffer("bias_E", torch.zeros(size.num_experts, dtype=torch.float32))
 
     def forward(self, rows_TD: Tensor, about: Rows = NOTHING) -> RoutingPlan:
-        logits_TE = self.logits(rows_TD)
+        logits_TE = about.whole(self.logits(rows_TD))
         scores_TE = row_softmax(logits_TE) if self.config.score == "softmax" else logits_TE.sigmoid()
         selection_TE = within_best_groups(scores_TE.detach() + self.bias_E, self.config)
         expert_ids_TK = best(selection_TE, self.top_k)
@@ -53,11 +53,12 @@ class TopKRouter(LinearRouter):
             weights_TK = normalised(chosen_TK)
         probs_TE = scores_TE if self.config.score == "softmax" else normalised(scores_TE)
         chosen_E = count(expert_ids_TK, self.num_experts)
+        rate = self.config.bias_update_rate
         outcome = Outcome(
             logits_TE,
             probs_TE,
             losses=auxiliary_losses(self.config, probs_TE, logits_TE, chosen_E),
-            observations={"chosen_per_expert": chosen_E.float()} if self.config.bias_update_rate else {},
+            observations={"chosen_per_expert": chosen_E.float() * about.share()} if rate else {},
             metrics=self.describe(probs_TE),
         )
         return self.make_plan(Choice(expert_ids_TK, weights_TK, chosen_TK), outcome, about)

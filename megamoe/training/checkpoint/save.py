@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from megamoe.common.errors import CheckpointError, MegamoeError
 from megamoe.config import derive
@@ -17,6 +18,7 @@ from megamoe.config.load import dump_config
 from megamoe.config.memory import FP32, WIDTH
 from megamoe.config.run import RunConfig
 from megamoe.parallel import collectives
+from megamoe.parallel.shards import shards_of, whole
 from megamoe.training import random_state
 from megamoe.training.checkpoint import folder as folders
 from megamoe.training.checkpoint.weights import save_weights
@@ -119,13 +121,22 @@ def _attempt(part: _Part, engine: Engine, target: Path, config: RunConfig, token
 
 def _write_weights(engine: Engine, target: Path, config: RunConfig, tokenizer: Path) -> None:
     groups = engine.groups
+    stage = f"_stage{groups.pp.place}" if groups.pp.size > 1 else ""
     save_weights(
         target,
-        engine.full_weights(),
+        _whole_weights(engine),
         engine.model,
-        dense=groups.rank == 0,
-        experts=groups.edp.place == 0,
+        dense=groups.stage.place == 0,
+        experts=groups.edp.place == 0 and groups.etp.place == 0,
+        stage=stage,
     )
+
+
+def _whole_weights(engine: Engine) -> Iterator[tuple[str, Tensor]]:
+    """Every parameter of this rank put together of the parts that other ranks hold; of experts whole ones."""
+    for name, tensor in engine.full_weights():
+        inner = tuple(shard for shard in shards_of(engine.parameter(name)) if shard.axis != "ep")
+        yield name, whole(tensor, inner, engine.groups)
 
 
 def _write_engine(engine: Engine, target: Path, config: RunConfig, tokenizer: Path) -> None:

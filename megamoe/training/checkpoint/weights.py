@@ -1,8 +1,9 @@
 """Weights and running statistics by global name, independent of the layout over ranks.
 
 `dense.pt` holds everything that is equal on all ranks; `experts_<first>_<last>.pt` the stacked experts first ... last
-of every MoE block. Any number of ranks can read them. Always fp32, also of a run in bf16 or fp64, because they are for
-evaluation and generation; a run goes on from DeepSpeed's files, which keep every bit.
+of every MoE block. A pipeline writes such files for each of its stages. Any number of ranks can read them. Always fp32,
+also of a run in bf16 or fp64, because they are for evaluation and generation; a run goes on from the engine's files,
+which keep every bit.
 """
 
 from __future__ import annotations
@@ -21,7 +22,13 @@ FOLDER = "weights"
 
 
 def save_weights(
-    folder: Path, weights: Iterable[tuple[str, Tensor]], model: nn.Module, *, dense: bool, experts: bool
+    folder: Path,
+    weights: Iterable[tuple[str, Tensor]],
+    model: nn.Module,
+    *,
+    dense: bool,
+    experts: bool,
+    stage: str = "",
 ) -> None:
     """Write this rank's part.
 
@@ -29,6 +36,7 @@ def save_weights(
         weights: (name, tensor) of every parameter in full precision; a collective, so it is consumed on every rank.
         dense: whether this rank writes what is equal on all ranks.
         experts: whether this rank writes its experts (one rank of those that hold the same ones).
+        stage: of the pipeline, as the end of the files' names; each has blocks of its own.
     """
     prefixes = _expert_prefixes(model)
     mine: dict[bool, dict[str, Tensor]] = {False: {}, True: {}}
@@ -39,12 +47,12 @@ def save_weights(
     (folder / FOLDER).mkdir(parents=True, exist_ok=True)
     if dense:
         statistics = {name: _portable(buffer) for name, buffer in model.state_dict().items() if _is_buffer(model, name)}
-        torch.save(mine[False] | statistics, folder / FOLDER / "dense.pt")
+        torch.save(mine[False] | statistics, folder / FOLDER / f"dense{stage}.pt")
     if experts and mine[True]:
         layer = next(m for m in model.modules() if isinstance(m, MoELayer))
         first = layer.ep_rank * layer.num_local_experts
         last = first + layer.num_local_experts - 1
-        torch.save(mine[True], folder / FOLDER / f"experts_{first:04d}_{last:04d}.pt")
+        torch.save(mine[True], folder / FOLDER / f"experts_{first:04d}_{last:04d}{stage}.pt")
 
 
 @torch.no_grad()
@@ -58,9 +66,11 @@ def load_weights(folder: Path, model: nn.Module) -> None:
     named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     target = {name: tensor for name, tensor in named.items() if name in own}
     wanted = {name for name in own if name in target and not _optional(name)}
-    for name, tensor in _read(folder, "dense.pt").items():
-        if name in target or not _optional(name):
-            _copy(folder, name, target, tensor, wanted)
+    # At least the first one, so that its absence is what is reported.
+    for file in sorted({path.name for path in (folder / FOLDER).glob("dense*.pt")}) or ["dense.pt"]:
+        for name, tensor in _read(folder, file).items():
+            if name in target or not _optional(name):
+                _copy(folder, name, target, tensor, wanted)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, MoELayer)}
     filled: dict[str, int] = {}
     for path in sorted((folder / FOLDER).glob("experts_*.pt")) if layers else []:

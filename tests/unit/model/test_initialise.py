@@ -10,7 +10,7 @@ from megamoe.config.load import load_config
 from megamoe.config.run import RunConfig
 from megamoe.model.decoder import Decoder
 from megamoe.model.initialise import initialise
-from megamoe.moe.placement import ExpertParallel
+from megamoe.moe.placement import ExpertParallel, Placement
 from megamoe.testing import assert_equal_bits
 
 SHAPE = [
@@ -33,7 +33,7 @@ def settings(*overrides: str) -> RunConfig:
 
 
 def build(config: RunConfig, seed: int = 7, ep_size: int = 1, ep_rank: int = 0) -> Decoder:
-    model = Decoder(config, 512, ExpertParallel(ep_size, ep_rank))
+    model = Decoder(config, 512, Placement(ExpertParallel(ep_size, ep_rank)))
     for parameter in model.parameters():
         torch.nn.init.constant_(parameter, float("nan"))  # what initialise forgets shows
     initialise(model, config.model, seed)

@@ -127,8 +127,9 @@ def test_reductions_of_dictionaries_and_tensors() -> None:
         assert nothing == {}
         assert total.keys() == largest.keys() == parts[0].keys()
         for name in parts[0]:
-            stacked = torch.stack([part[name].float() for part in parts])
-            assert_close(total[name], stacked.sum(0), rel=1e-6, name=name)
+            stacked = torch.stack([part[name] for part in parts])
+            assert total[name].dtype == stacked.dtype
+            assert_close(total[name].float(), stacked.sum(0).float(), rel=1e-6, name=name)
             assert_equal_bits(largest[name], stacked.amax(0), name=name)
         assert_equal_bits(summed, total["matrix"])
         assert_equal_bits(highest, largest["matrix"])

@@ -10,14 +10,14 @@ import torch
 from megamoe.common.errors import CheckpointError
 from megamoe.model.decoder import Decoder
 from megamoe.model.initialise import initialise
-from megamoe.moe.placement import ExpertParallel
+from megamoe.moe.placement import ExpertParallel, Placement
 from megamoe.testing.configs import tiny_config
 from megamoe.training.checkpoint.weights import load_weights, save_weights
 
 
 def model(ep_size: int = 1, ep_rank: int = 0, seed: int = 1, *overrides: str) -> Decoder:
     config = tiny_config(*overrides)
-    result = Decoder(config, 320, ExpertParallel(ep_size, ep_rank))
+    result = Decoder(config, 320, Placement(ExpertParallel(ep_size, ep_rank)))
     initialise(result, config.model, seed)
     return result
 

@@ -54,7 +54,7 @@ def reduced(asked_to_stop: int) -> StepMetrics:
     accumulator = Accumulator()
     for micro_step in range(MICRO_STEPS):
         accumulator.add(output(rank, micro_step))
-    return accumulator.reduce(groups.dp.handle, interrupted=rank == asked_to_stop)
+    return accumulator.reduce(groups, interrupted=rank == asked_to_stop)
 
 
 @pytest.mark.parametrize("world_size", [1, 2])

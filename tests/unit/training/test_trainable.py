@@ -9,7 +9,7 @@ from torch import nn
 from megamoe.common.errors import CheckpointError, ConfigError
 from megamoe.config.run import RunConfig
 from megamoe.model.decoder import Decoder
-from megamoe.moe.placement import ExpertParallel
+from megamoe.moe.placement import ExpertParallel, Placement
 from megamoe.moe.routers.base import Router
 from megamoe.testing.configs import tiny_config
 from megamoe.training.checkpoint.folder import Manifest
@@ -73,7 +73,7 @@ def test_selecting_again_forgets_the_first_selection() -> None:
 
 def test_experts_of_all_ranks_are_counted() -> None:
     config = tiny_config(*MIXED, "parallel.ep=2", *EXPERTS)
-    selection = select_trainable(Decoder(config, 320, ExpertParallel(2, 1, None, (0, 1))), config)
+    selection = select_trainable(Decoder(config, 320, Placement(ExpertParallel(2, 1, None, (0, 1)))), config)
     whole, alone = build(*EXPERTS)
     assert selection == select_trainable(whole, alone)
     assert selection.trained == 3 * 8 * 24 * 32

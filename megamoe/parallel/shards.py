@@ -1,0 +1,57 @@
+"""Parameters of which this rank holds a part: which part, how the whole is put together, how a part is cut out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from megamoe.parallel import collectives
+from megamoe.parallel.axis import Axis
+from megamoe.parallel.groups import Groups, RankGroup
+
+
+class Shard(NamedTuple):
+    """A dim that is cut into equal consecutive parts, one for each rank of an axis."""
+
+    dim: int
+    axis: str
+    """Field of :class:`Groups`."""
+
+
+def mark(parameter: nn.Parameter, *shards: Shard) -> None:
+    """Say which part of its whole the parameter is. No dim is cut twice; no shards: it is whole."""
+    parameter.shards = shards  # type: ignore[attr-defined]
+
+
+def shards_of(parameter: Tensor) -> tuple[Shard, ...]:
+    """The cuts; none for a parameter that every rank holds whole."""
+    shards: tuple[Shard, ...] = getattr(parameter, "shards", ())
+    return shards
+
+
+def whole(part: Tensor, shards: tuple[Shard, ...], groups: Groups) -> Tensor:
+    """Put together what the ranks hold. Collective over the groups of the axes; the parts have equal shapes."""
+    for shard in shards:
+        group: RankGroup = getattr(groups, shard.axis)
+        if group.size > 1:
+            part = torch.cat(collectives.all_gather(part, group.handle), dim=shard.dim)
+    return part
+
+
+def part(tensor: Tensor, shards: tuple[Shard, ...], axes: Mapping[str, Axis]) -> Tensor:
+    """The part of a whole tensor that belongs to the rank of these axes, a view."""
+    for shard in shards:
+        axis = axes.get(shard.axis, Axis())
+        tensor = tensor.chunk(axis.size, dim=shard.dim)[axis.rank]
+    return tensor
+
+
+def whole_shape(parameter: Tensor, axes: Mapping[str, Axis]) -> torch.Size:
+    """Shape of the whole that the parameter is a part of."""
+    shape = list(parameter.shape)
+    for shard in shards_of(parameter):
+        shape[shard.dim] *= axes.get(shard.axis, Axis()).size
+    return torch.Size(shape)
