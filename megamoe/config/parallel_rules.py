@@ -132,15 +132,6 @@ def pipelines_run_at_zero_1(config: RunConfig) -> Iterator[Problem]:
     yield Problem("parallel.zero_stage", f"{stage} does not go with parallel.pp {pp}: {why}; {instead}", related)
 
 
-def pipelines_do_not_finetune(config: RunConfig) -> Iterator[Problem]:
-    if config.parallel.pp > 1 and config.finetune is not None:
-        what = (
-            f"{config.parallel.pp} is not supported with finetune in this version, because scoring its answers needs "
-            "what all stages give; use 1"
-        )
-        yield Problem("parallel.pp", what, ("finetune",))
-
-
 def router_scope_is_whole_micro_batch(config: RunConfig) -> Iterator[Problem]:
     router = config.moe.router
     if isinstance(router, ResonanceRouterConfig) and router.scope != "micro_batch" and _token_ranks(config) > 1:
@@ -151,23 +142,13 @@ def router_scope_is_whole_micro_batch(config: RunConfig) -> Iterator[Problem]:
         yield Problem("moe.router.scope", what, ("parallel.tp", "parallel.cp"))
 
 
-def _rows_stay_together(config: RunConfig, field: str, why: str) -> Iterator[Problem]:
-    if _token_ranks(config) > 1:
+def conversations_stay_on_their_rank(config: RunConfig) -> Iterator[Problem]:
+    if config.finetune is not None and config.parallel.cp > 1:
         what = (
-            f"is not supported in this version with {_spread(config)}, because {why} are spread over ranks; use null, "
-            "or 1 for both"
+            f"{config.parallel.cp} is not supported with finetune in this version, because the answers of a "
+            "conversation would be scored in parts; use 1 (parallel.tp works)"
         )
-        yield Problem(field, what, ("parallel.tp", "parallel.cp"))
-
-
-def broadcast_sees_whole_sequences(config: RunConfig) -> Iterator[Problem]:
-    if config.moe.broadcast is not None:
-        yield from _rows_stay_together(config, "moe.broadcast", "the rows of a sequence, which share its slots,")
-
-
-def finetuning_sees_whole_sequences(config: RunConfig) -> Iterator[Problem]:
-    if config.finetune is not None and config.moe.broadcast is None:  # with it, the rule above says so
-        yield from _rows_stay_together(config, "finetune", "the rows of a conversation")
+        yield Problem("parallel.cp", what, ("finetune",))
 
 
 def muon_sees_whole_matrices(config: RunConfig) -> Iterator[Problem]:
@@ -238,10 +219,8 @@ PARALLEL_RULES: tuple[Callable[[RunConfig], Iterator[Problem]], ...] = (
     etp_divides_experts,
     stages_have_blocks,
     pipelines_run_at_zero_1,
-    pipelines_do_not_finetune,
     router_scope_is_whole_micro_batch,
-    broadcast_sees_whole_sequences,
-    finetuning_sees_whole_sequences,
+    conversations_stay_on_their_rank,
     muon_sees_whole_matrices,
     padded_dispatch_needs_whole_micro_batches,
     offloading_follows_zero,

@@ -13,7 +13,7 @@ from megamoe.moe.ffn import FeedForward
 from megamoe.moe.marker import ExpertParallelMarker
 from megamoe.moe.placement import ExpertParallel
 from megamoe.moe.routers import RouterSize, Rows, build_router
-from megamoe.moe.spread import Spread
+from megamoe.moe.spread import Spread, number_sequences
 from megamoe.moe.types import LayerAux
 from megamoe.ops.rows import gather_rows, sum_rows
 
@@ -61,28 +61,31 @@ class MoELayer(ExpertParallelMarker):
             token_ids: int64 [...], vocabulary entries of the rows, for routers that look at them; of all rows of the
                 micro-batch where these are spread over ranks.
             documents: int64 [B, S], number of each row's document in its sequence, negative: padding; None: each
-                sequence (the last but one dim) is one document.
+                sequence (the last but one dim) is one document. Of all rows, as `token_ids`.
         """
         rows_TD, ids_T, sequences_T = x.reshape(-1, x.shape[-1]), None, None
         num_rows, real, spread = rows_TD.shape[0], None, None
-        if self.tokens.size > 1:  # a micro-batch with documents is refused then
+        if self.tokens.size > 1:
             spread = Spread(self.tokens, num_rows // x.shape[-2], x.shape[-2])
         if documents is not None or self.router.broadcast is not None:  # nobody else asks which rows belong together
-            sequences_T = sequences(x, documents)
+            sequences_T = sequences(x, documents) if spread is None else spread.sequences(documents, x.device)
         if token_ids is not None:
             ids_T = token_ids.reshape(-1)
         if documents is not None and sequences_T is not None:
             # Padding goes to no expert: it would take room there, and count in balance and statistics.
             real = (sequences_T >= 0).nonzero().squeeze(-1)
-            rows_TD = gather_rows(rows_TD, real)
+            if spread is None:
+                rows_TD = gather_rows(rows_TD, real)
+            else:  # scored with the others, and left out when the scores are together
+                spread = spread._replace(real=real)
             sequences_T = torch.unique_consecutive(sequences_T[real], return_inverse=True)[1]
             ids_T = ids_T[real] if ids_T is not None else None
-        size = num_rows if spread is None else spread.num_rows
+        size = num_rows if spread is None else spread.size
         plan = self.router(rows_TD, Rows(ids_T, sequences_T, size, spread))
         rows_RD, rows_per_expert_L, handle = self.dispatcher.dispatch(rows_TD, plan)
         out_RD = self.experts(rows_RD, handle.weights_R, rows_per_expert_L)
         out_TD = self.dispatcher.combine(out_RD, handle)
-        if real is not None:
+        if real is not None and spread is None:
             out_TD = sum_rows(out_TD, real, num_rows)
         out = out_TD.view(x.shape)
         if self.shared_experts is not None:
@@ -100,9 +103,4 @@ def sequences(x: Tensor, documents: Tensor | None) -> Tensor | None:
     """
     if x.dim() < 3:
         return None
-    length = x.shape[-2]
-    first_T = torch.arange(x.numel() // x.shape[-1], device=x.device) // length * length
-    if documents is None:
-        return first_T
-    documents_T = documents.reshape(-1)
-    return torch.where(documents_T < 0, documents_T, first_T + documents_T)
+    return number_sequences(x.numel() // x.shape[-1], x.shape[-2], documents, x.device)

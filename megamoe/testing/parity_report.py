@@ -36,7 +36,7 @@ def _row(finding: Finding, varied: Sequence[str], kinds: Sequence[str]) -> list[
     errors = [f"{finding.errors[kind].value:.1e}" if kind in finding.errors else "" for kind in kinds]
     where = f"{worst} of {finding.errors[worst].where}" if worst and finding.errors[worst].where else worst
     conditions = [condition(case, name) for name in varied]
-    flips = str(finding.flips) if finding.errors else ""
+    flips = str(finding.flips) if finding.bounds else ""
     return [case.layout.name, str(case.layout.ranks), *conditions, *errors, flips, finding.verdict, where]
 
 

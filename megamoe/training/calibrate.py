@@ -45,7 +45,7 @@ def calibrate(engine: Engine, data: Loader, config: RunConfig, runtime: Runtime,
                 engine.evaluate(batch)
     thresholds = []
     for router, histogram in histograms.items():
-        collectives.all_reduce_sum(histogram, runtime.groups.dp.handle)
+        collectives.all_reduce_sum(histogram, runtime.groups.stage.handle)
         assert router.broadcast is not None
         router.broadcast.threshold.fill_(quantile(histogram.cpu(), broadcast.quantile))
         thresholds.append(f"{float(router.broadcast.threshold):.3f}")
@@ -82,7 +82,7 @@ def _entropies(engine: Engine) -> Iterator[dict[Router, Tensor]]:
     def observe(router: Router, args: tuple[Any, ...], plan: RoutingPlan) -> None:
         entropy_T = normalised_entropy(router.probabilities(plan.logits_TE))
         about = args[1] if len(args) > 1 else Rows()
-        if about.sequences_T is not None:
+        if about.sequences_T is not None and about.spread is None:  # spread rows come without their padding
             entropy_T = entropy_T[about.sequences_T >= 0]
         histograms[router] += torch.histc(entropy_T.float(), BINS, 0.0, 1.0)
 

@@ -1,7 +1,7 @@
 """The adapter to DeepSpeed's engine.
 
-Several settings that look harmless elsewhere train wrong numbers there without a message: `workarounds` has what is done
-about each, for the versions that it names; others are refused.
+Several settings that look harmless elsewhere train wrong numbers there without a message: `workarounds` has what is
+done about each, for the versions that it names; others are refused.
 """
 
 from __future__ import annotations

@@ -110,6 +110,31 @@ def test_two_ranks_learn_what_one_does(tuned: Run, tmp_path: Path, more: tuple[s
     assert min(steps(two, "layers.0.sent_bytes")) > 0
 
 
+GW_WITH_CAPACITY = (BROADCAST, "moe.capacity={mode: static, factor: 1.0, tile: 1}")
+
+
+@pytest.mark.parametrize(
+    "more, layout, within",
+    [
+        ((*GW_WITH_CAPACITY, "training.precision=fp64"), ("parallel.tp=2", "training.recompute=full"), 1e-9),
+        (GW_WITH_CAPACITY, ("parallel.tp=2", "parallel.ep=1", "parallel.etp=2", "parallel.zero_stage=3"), 1e-5),
+        ((BROADCAST,), ("parallel.pp=2", "parallel.ep=1", "parallel.zero_stage=1"), 1e-5),
+    ],
+    ids=["tp2_ep2_recomputed", "tp2_etp2_zero3", "pp2"],
+)
+def test_every_layout_learns_what_one_rank_does(
+    tuned: Run, tmp_path: Path, more: tuple[str, ...], layout: tuple[str, ...], within: float
+) -> None:
+    """Weights to start from are cut as the layout asks; rows of a conversation are on both ranks, or blocks are."""
+    one = start(tuned.elsewhere(tmp_path / "alone"), *more, ranks=1)
+    two = start(tuned, *more, *layout, ranks=2)
+    for name in ("cross_entropy", "gradient_norm", "validation_loss", "exact_match"):
+        assert steps(two, name) == pytest.approx(steps(one, name), rel=within), name
+    for name in ("layers.0.broadcast_share", "layers.1.broadcast_share"):
+        assert any(steps(one, name))
+        assert steps(two, name) == pytest.approx(steps(one, name), rel=1e-6)
+
+
 @pytest.mark.parametrize("layout", [("parallel.zero_stage=1",), ("parallel.zero_stage=3", "training.precision=bf16")])
 def test_resuming_equals_the_straight_run(tuned: Run, tmp_path: Path, layout: tuple[str, ...]) -> None:
     straight = tuned.elsewhere(tmp_path / "straight")

@@ -268,18 +268,23 @@ class Router(nn.Module, ABC):
 
 def own_part(plan: RoutingPlan, spread: Spread) -> RoutingPlan:
     """What a plan for a whole micro-batch says of the rows of this rank."""
-    own_T = spread.own(plan.logits_TE.device)
+    own_T, local_T = spread.own(plan.logits_TE.device)
     place_T = torch.full((spread.num_rows,), -1, device=own_T.device)
-    place_T[own_T] = torch.arange(len(own_T), device=own_T.device)
+    place_T[own_T] = torch.arange(len(own_T), device=own_T.device) if local_T is None else local_T
     place_A = place_T[plan.token_ids_A]
     kept = (place_A >= 0).nonzero().squeeze(-1)
-    experts_A = plan.expert_ids_A[kept]
+    experts_A, broadcast = plan.expert_ids_A[kept], plan.broadcast
+    if broadcast is not None:
+        place_U = place_T[broadcast.token_ids_U]
+        mine = (place_U >= 0).nonzero().squeeze(-1)
+        broadcast = BroadcastRows(place_U[mine], broadcast.weights_UE[mine])
     return plan._replace(
         token_ids_A=place_A[kept],
         expert_ids_A=experts_A,
         weights_A=plan.weights_A[kept],
         rows_per_expert_E=count(experts_A, len(plan.rows_per_expert_E)),
         logits_TE=plan.logits_TE[own_T],
+        broadcast=broadcast,
         capacity=None,  # of the whole micro-batch: this rank's part of it has no bound of its own
     )
 

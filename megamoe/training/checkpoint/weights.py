@@ -15,7 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from megamoe.common.errors import CheckpointError
+from megamoe.model.pipeline import DecoderStage
 from megamoe.moe.layer import MoELayer
+from megamoe.moe.placement import WHOLE, Placement
+from megamoe.parallel.shards import part, shards_of, whole_shape
 from megamoe.training.checkpoint.folder import damaged
 
 FOLDER = "weights"
@@ -57,28 +60,31 @@ def save_weights(
 
 @torch.no_grad()
 def load_weights(folder: Path, model: nn.Module) -> None:
-    """Fill a model of any expert-parallel degree.
+    """Fill a model, or the part of one that a rank of any layout holds.
 
     Raises:
         CheckpointError: a file or a tensor is missing, or a shape does not fit.
     """
-    own = model.state_dict().keys()
+    place: Placement = getattr(model, "place", WHOLE)
+    is_stage, own = isinstance(model, DecoderStage), model.state_dict().keys()
     named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     target = {name: tensor for name, tensor in named.items() if name in own}
     wanted = {name for name in own if name in target and not _optional(name)}
     # At least the first one, so that its absence is what is reported.
     for file in sorted({path.name for path in (folder / FOLDER).glob("dense*.pt")}) or ["dense.pt"]:
         for name, tensor in _read(folder, file).items():
-            if name in target or not _optional(name):
-                _copy(folder, name, target, tensor, wanted)
+            if name in target or not (_optional(name) or is_stage):
+                _copy(folder, name, target, tensor, wanted, place)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, MoELayer)}
     filled: dict[str, int] = {}
     for path in sorted((folder / FOLDER).glob("experts_*.pt")) if layers else []:
         first = int(path.stem.split("_")[1])
         for name, tensor in _read(folder, path.name).items():
-            layer = layers[name.rpartition(".experts.")[0]]
-            filled[name] = filled.get(name, 0) + _copy_experts(target[name], tensor, first, layer)
-            if filled[name] == layer.num_local_experts:
+            layer = layers.get(name.rpartition(".experts.")[0])
+            if layer is None and is_stage:
+                continue
+            filled[name] = filled.get(name, 0) + _copy_experts(folder, name, target, tensor, first, place)
+            if filled[name] == len(target[name]):
                 wanted.discard(name)
     tied = {n for n in wanted if any(target[n] is target[o] for o in target if o not in wanted)}
     if wanted - tied:
@@ -91,25 +97,38 @@ def _optional(name: str) -> bool:
     return ".router.broadcast." in name or ".router.bound." in name
 
 
-def _copy(folder: Path, name: str, target: dict[str, Tensor], tensor: Tensor, wanted: set[str]) -> None:
-    if name not in target or target[name].shape != tensor.shape:
-        have = tuple(target[name].shape) if name in target else "no such weight"
-        raise CheckpointError(
-            f"checkpoint {folder} holds weights of another architecture",
-            got=f"{name}: {tuple(tensor.shape)}",
-            expected=f"{have}",
-        )
-    target[name].copy_(tensor)
+def _copy(
+    folder: Path, name: str, target: dict[str, Tensor], tensor: Tensor, wanted: set[str], place: Placement
+) -> None:
+    if name not in target or whole_shape(target[name], place.axes()) != tensor.shape:
+        have = tuple(whole_shape(target[name], place.axes())) if name in target else "no such weight"
+        raise _of_another_architecture(folder, name, tensor, have)
+    target[name].copy_(part(tensor, shards_of(target[name]), place.axes()))
     wanted.discard(name)
 
 
-def _copy_experts(parameter: Tensor, saved: Tensor, first: int, layer: MoELayer) -> int:
+def _copy_experts(
+    folder: Path, name: str, target: dict[str, Tensor], saved: Tensor, first: int, place: Placement
+) -> int:
     """Copy those of the saved experts `first` ... that this rank holds; returns how many these are."""
-    mine = layer.ep_rank * layer.num_local_experts
-    start, end = max(first, mine), min(first + len(saved), mine + layer.num_local_experts)
+    parameter = target.get(name)
+    if parameter is None or whole_shape(parameter, place.axes())[1:] != saved.shape[1:]:
+        have = tuple(whole_shape(parameter, place.axes())) if parameter is not None else "no such weight"
+        raise _of_another_architecture(folder, name, saved, have)
+    mine = place.experts.rank * len(parameter)
+    start, end = max(first, mine), min(first + len(saved), mine + len(parameter))
     if start < end:
-        parameter[start - mine : end - mine].copy_(saved[start - first : end - first])
+        inner = tuple(shard for shard in shards_of(parameter) if shard.axis != "ep")
+        parameter[start - mine : end - mine].copy_(part(saved[start - first : end - first], inner, place.axes()))
     return max(0, end - start)
+
+
+def _of_another_architecture(folder: Path, name: str, saved: Tensor, have: object) -> CheckpointError:
+    return CheckpointError(
+        f"checkpoint {folder} holds weights of another architecture",
+        got=f"{name}: {tuple(saved.shape)}",
+        expected=f"{have}",
+    )
 
 
 def _read(folder: Path, name: str) -> dict[str, Tensor]:

@@ -116,9 +116,6 @@ BREAKERS: dict[str, list[tuple[list[str], str, str]]] = {
             "training.precision fp64 needs stage 0, so use parallel.pp 1 or another precision",
         ),
     ],
-    "pipelines_do_not_finetune": [
-        (["parallel.pp=2", FINETUNE], "parallel.pp", "2 is not supported with finetune in this version"),
-    ],
     "router_scope_is_whole_micro_batch": [
         (
             [f"parallel.{axis}=2", f"moe.router={{type: resonance, scope: {scope}}}"],
@@ -127,13 +124,9 @@ BREAKERS: dict[str, list[tuple[list[str], str, str]]] = {
         )
         for axis, scope in (("tp", "ep_group"), ("cp", "local"))
     ],
-    "broadcast_sees_whole_sequences": [
-        ([BROADCAST, "parallel.tp=2"], "moe.broadcast", "with parallel.tp 2 * parallel.cp 1 = 2"),
-        ([BROADCAST, FINETUNE, "parallel.cp=2"], "moe.broadcast", "with parallel.tp 1 * parallel.cp 2 = 2"),
-    ],
-    "finetuning_sees_whole_sequences": [
-        ([FINETUNE, "parallel.tp=2"], "finetune", "because the rows of a conversation are spread over ranks"),
-        ([FINETUNE, "parallel.cp=2"], "finetune", "with parallel.tp 1 * parallel.cp 2 = 2"),
+    "conversations_stay_on_their_rank": [
+        ([FINETUNE, "parallel.cp=2"], "parallel.cp", "2 is not supported with finetune in this version"),
+        ([FINETUNE, BROADCAST, "parallel.cp=2"], "parallel.cp", "use 1 (parallel.tp works)"),
     ],
     "muon_sees_whole_matrices": [
         (

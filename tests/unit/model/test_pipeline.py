@@ -107,9 +107,7 @@ def test_names_are_those_of_the_decoder(tie: str) -> None:
     held = [name for stage in stages for name, _ in stage.named_parameters()]
     tied = ["embedding.weight"] if tie == "true" else []
     assert sorted(held) == sorted([*expected, *tied])
-    for stage, (first, end) in zip(
-        stages, zip(stage_bounds(config), stage_bounds(config)[1:], strict=False), strict=True
-    ):
+    for stage, (first, end) in zip(stages, pairwise(stage_bounds(config)), strict=True):
         assert list(stage.numbered_blocks()) == list(range(first, end))
         for name, parameter in stage.named_parameters():
             assert torch.equal(parameter, expected[name])
