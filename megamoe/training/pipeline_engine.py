@@ -29,7 +29,7 @@ from megamoe.training.optimizer import parameter_groups, set_lr
 # After ours, which says what accelerator DeepSpeed is to take before its first import.
 from deepspeed import comm
 from deepspeed.runtime.pipe.module import PipelineModule
-from deepspeed.runtime.pipe.schedule import OptimizerStep
+from deepspeed.runtime.pipe.schedule import OptimizerStep, ReduceTiedGrads
 from deepspeed.runtime.pipe.topology import PipelineParallelGrid, PipeModelDataParallelTopology
 
 Observe = Callable[[ModelOutput], None]
@@ -54,7 +54,8 @@ class PipelineEngine(Engine):
         self._shape: torch.Size | None = None
         super().__init__(config, self._pipe, groups)
         self._pipe.join_copies(groups)
-        self._engine._INSTRUCTION_MAP = {**self._engine._INSTRUCTION_MAP, OptimizerStep: self._step}
+        own = {ReduceTiedGrads: _add_up_copies, OptimizerStep: self._step}
+        self._engine._INSTRUCTION_MAP = {**self._engine._INSTRUCTION_MAP, **own}
 
     @property
     def model(self) -> DecoderStage:  # type: ignore[override]
@@ -209,6 +210,19 @@ class _Grid(PipelineParallelGrid):
 
 def _nothing(*_: Any) -> None:
     pass
+
+
+def _add_up_copies(engine: Any) -> None:
+    """Sum the gradients of a tied embedding over its stages.
+
+    DeepSpeed's own instruction passes over gradients that its ZeRO accumulates in another dtype beside `grad`.
+    """
+    gradient_of = getattr(engine.optimizer, "get_param_gradient_attribute", None)
+    if gradient_of is None:
+        engine._exec_reduce_tied_grads()
+        return
+    for weight, group in engine.module.get_tied_weights_and_groups():
+        collectives.all_reduce_sum(gradient_of(weight), group)
 
 
 def _is_copy(stage: DecoderStage, parameter: nn.Parameter) -> bool:

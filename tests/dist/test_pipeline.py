@@ -32,7 +32,6 @@ from megamoe.training.step import train_step
 
 STEPS = 10
 ZERO_0, ZERO_1 = "parallel.zero_stage=0", "parallel.zero_stage=1"
-FP64 = "training.precision=fp64"
 UNTIED = "model.tie_embeddings=false"
 RESONANCE = "moe.router.type=resonance"
 STATIC = (RESONANCE, "moe.capacity.mode=static", "moe.router.threshold=0.9")
@@ -72,26 +71,10 @@ def test_stages_equal_one_process(ranks: int, pp: int, ep: int, settings: tuple[
     parity.compare(run_ranks(train, ranks, (*layout(pp, ep), ZERO_1, *settings))[0], reference(*settings))
 
 
-@pytest.mark.parametrize(
-    "ranks, pp, ep, settings",
-    [
-        pytest.param(2, 2, 1, (), id="pp2-tied"),
-        pytest.param(4, 2, 2, (UNTIED, RESONANCE), id="pp2-ep2-untied-resonance"),
-        pytest.param(4, 2, 2, STATIC, id="pp2-ep2-static-capacity"),
-        pytest.param(2, 2, 1, MIXED, id="pp2-mixed-blocks"),
-        pytest.param(3, 3, 1, ("model.num_layers=3", STRONG), id="pp3-tied-strong-balance"),
-    ],
-)
-def test_in_fp64_only_rounding_is_left(ranks: int, pp: int, ep: int, settings: tuple[str, ...]) -> None:
-    run = run_ranks(train, ranks, (*layout(pp, ep), ZERO_0, *settings, FP64))[0]
-    parity.compare(run, reference(*settings, FP64), parity.EXACT)
-
-
-@pytest.mark.parametrize("zero", [ZERO_0, ZERO_1])
 @pytest.mark.parametrize("axis", ["tp", "cp"])
-def test_stages_whose_sequences_are_spread(axis: str, zero: str) -> None:
+def test_stages_whose_sequences_are_spread(axis: str) -> None:
     """Only the rank's own positions travel to the next stage."""
-    run = run_ranks(train, 4, (*layout(2, 2), f"parallel.{axis}=2", zero))[0]
+    run = run_ranks(train, 4, (*layout(2, 2), f"parallel.{axis}=2", ZERO_1))[0]
     parity.compare(run, reference())
 
 
@@ -145,16 +128,19 @@ def test_bf16_follows_fp32(settings: tuple[str, ...]) -> None:
     assert max(abs(a - b) for a, b in zip(bf16.losses, fp32.losses, strict=True)) < 3e-2
 
 
+def test_the_optimizer_on_the_cpu() -> None:
+    parity.compare(run_ranks(train, 2, (*layout(2), ZERO_1, "parallel.offload_optimizer=true"))[0], reference())
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_only_experts_are_trained(precision: str) -> None:
     """DeepSpeed's optimizer for bf16 fails to add up the norm of no dense gradients at all."""
     settings = ('training.trainable=["*.experts.*"]', f"training.precision={precision}")
     one, two = (run_ranks(train, ranks, (*more, ZERO_1, *settings))[0] for ranks, more in ((1, ()), (2, layout(2))))
-    tolerance = parity.Tolerance() if precision == "fp32" else parity.Tolerance(0.03, 0.05, 0.2, 0.2)
     if precision == "fp32":
-        parity.compare(two, one, tolerance)
-    assert abs(two.norms[0] - one.norms[0]) < tolerance.norm * one.norms[0]
-    assert all(name.count(".experts.") for name in two.gradients)
+        parity.compare(two, one)
+    assert abs(two.norms[0] - one.norms[0]) < 0.05 * one.norms[0]
+    assert all(".experts." in name for name in two.gradients)
 
 
 # --- One engine, by hand
@@ -267,7 +253,7 @@ def other_seed(config: RunConfig) -> Any:
     "ranks, overrides",
     [
         pytest.param(2, (*layout(2), ZERO_1), id="pp2"),
-        pytest.param(2, (*layout(2), ZERO_0, UNTIED), id="pp2-zero0"),
+        pytest.param(2, (*layout(2), ZERO_1, UNTIED), id="pp2-untied"),
         pytest.param(4, (*layout(2, 2), ZERO_1, "training.precision=bf16", *FOLLOWING), id="pp2-ep2-bf16"),
         pytest.param(4, (*layout(2, 2), "parallel.tp=2", ZERO_1), id="pp2-tp2-ep2"),
     ],
