@@ -140,6 +140,9 @@ def router_scope_is_whole_micro_batch(config: RunConfig) -> Iterator[Problem]:
             f"({_spread(config)}); use micro_batch, or 1 for both"
         )
         yield Problem("moe.router.scope", what, ("parallel.tp", "parallel.cp"))
+    elif isinstance(router, ResonanceRouterConfig) and router.scope == "ep_group" and config.parallel.etp > 1:
+        what = f"ep_group would leave out the tokens of parallel.etp {config.parallel.etp}; use micro_batch, or etp 1"
+        yield Problem("moe.router.scope", what, ("parallel.etp",))
 
 
 def conversations_stay_on_their_rank(config: RunConfig) -> Iterator[Problem]:

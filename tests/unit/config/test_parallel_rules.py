@@ -118,11 +118,18 @@ BREAKERS: dict[str, list[tuple[list[str], str, str]]] = {
     ],
     "router_scope_is_whole_micro_batch": [
         (
-            [f"parallel.{axis}=2", f"moe.router={{type: resonance, scope: {scope}}}"],
+            ["parallel.etp=2", "moe.router={type: resonance, scope: ep_group}"],
             "moe.router.scope",
-            f"{scope} is not defined where the tokens of a micro-batch are spread over ranks",
-        )
-        for axis, scope in (("tp", "ep_group"), ("cp", "local"))
+            "ep_group would leave out the tokens of parallel.etp 2",
+        ),
+        *(
+            (
+                [f"parallel.{axis}=2", f"moe.router={{type: resonance, scope: {scope}}}"],
+                "moe.router.scope",
+                f"{scope} is not defined where the tokens of a micro-batch are spread over ranks",
+            )
+            for axis, scope in (("tp", "ep_group"), ("cp", "local"))
+        ),
     ],
     "conversations_stay_on_their_rank": [
         ([FINETUNE, "parallel.cp=2"], "parallel.cp", "2 is not supported with finetune in this version"),
