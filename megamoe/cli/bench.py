@@ -43,7 +43,23 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     train.add_argument("--ranks", type=int, default=2, help="processes (default: %(default)s)")
     train.add_argument("--steps", type=int, default=4, help="optimizer steps per turn (default: %(default)s)")
-    for kind, rounds in ((layer, 15), (router, 31), (train, 10)):
+    parallel = kinds.add_parser("parallel", help="layouts of the ranks against plain data parallelism, with bytes sent")
+    parallel.add_argument(
+        "--config",
+        nargs="+",
+        default=["configs/tiny.yaml"],
+        metavar="FILE|KEY=VALUE",
+        help="files, then overrides; degrees and ZeRO stage are set by the layouts (default: configs/tiny.yaml)",
+    )
+    parallel.add_argument("--ranks", type=int, default=2, help="processes (default: %(default)s)")
+    parallel.add_argument(
+        "--layouts",
+        default="",
+        metavar="NAMES",
+        help="comma-separated names as in tp2-ep2; dp fills the ranks (default: tp2-ep2, and ep over all ranks)",
+    )
+    parallel.add_argument("--steps", type=int, default=4, help="optimizer steps per turn (default: %(default)s)")
+    for kind, rounds in ((layer, 15), (router, 31), (train, 10), (parallel, 10)):
         kind.add_argument("--repeats", type=int, default=rounds, help="rounds (default: %(default)s)")
         kind.add_argument("--out", type=Path, metavar="FILE.json", help="write the report there, and FILE.md beside it")
         kind.add_argument(
@@ -61,7 +77,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(args: argparse.Namespace) -> int:
     """Measure, print the tables, write the files."""
-    report, markdown = {"layer": _layer, "router": _router, "train": _train}[args.kind](args)
+    report, markdown = _KINDS[args.kind](args)
     print(markdown)
     if args.out is not None:
         from megamoe.bench.report import write
@@ -126,6 +142,25 @@ def _train(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     )
     report = bench_train(config, settings, args.note)
     return report, markdown(report)
+
+
+def _parallel(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    from megamoe.bench.parallel import ParallelSettings, bench_parallel, layout_configs, markdown
+    from megamoe.cli.check import split
+
+    layouts = _names(args.layouts) or ("tp2-ep2", f"ep{args.ranks}")
+    settings = ParallelSettings(
+        ranks=args.ranks,
+        steps=args.steps,
+        rounds=args.repeats,
+        keep_freed_memory=args.keep_freed_memory,
+        patience=args.patience,
+    )
+    report = bench_parallel(layout_configs(*split(args.config), layouts, args.ranks), settings, args.note)
+    return report, markdown(report)
+
+
+_KINDS = {"layer": _layer, "router": _router, "train": _train, "parallel": _parallel}
 
 
 def _names(text: str) -> tuple[str, ...]:

@@ -26,6 +26,8 @@ layouts of just so many ranks (by default a ladder of those that fill them), so 
 
   python -m megamoe parity --topologies ep2,tp2-ep2
   torchrun --nproc-per-node 8 -m megamoe parity --output parity.md
+  deepspeed --module megamoe parity
+  srun python -m megamoe parity --full
 """
 EPILOG = """\
 Verdicts. equal: every error is within its bound. flip: a token that was as near to two experts as rounding goes took

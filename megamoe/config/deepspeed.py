@@ -106,6 +106,7 @@ def _precision(config: RunConfig) -> dict[str, Any]:
 def _zero(config: RunConfig) -> dict[str, Any]:
     # DeepSpeed allocates whole buckets in advance: no more than the model needs.
     bucket = min(MAX_BUCKET, parameter_counts(config)["total"].total)
+    bucket += bucket % 2  # it refuses an odd number at stages 1 and 2
     zero = {
         "stage": config.parallel.zero_stage,
         "reduce_scatter": True,  # asserted by DeepSpeed for experts at stages 1 and 2

@@ -18,6 +18,7 @@ from megamoe.config.load import dump_config
 from megamoe.config.memory import memory_by_stage, memory_per_rank
 from megamoe.config.run import RunConfig
 from megamoe.config.stages import stage_bounds, stage_costs
+from megamoe.config.traffic import axis_sizes, largest, sent_by_stage
 
 
 def describe(config: RunConfig, world_size: int, topology: str) -> str:
@@ -34,6 +35,7 @@ def describe(config: RunConfig, world_size: int, topology: str) -> str:
         "Batch": _batch(config, world_size),
         "Parameters": _parameters(config),
         "Memory per rank (estimate)": _memory(config, world_size),
+        **({"Bytes sent per step and rank (estimate)": _traffic(config, world_size)} if world_size > 1 else {}),
         "DeepSpeed configuration": _json(deepspeed_config(config, world_size)),
     }
     return "\n\n".join(f"{title}\n{'-' * len(title)}\n{text}" for title, text in sections.items())
@@ -129,3 +131,23 @@ def _memory(config: RunConfig, world_size: int) -> str:
     }
     lines = (f"{name:<12}{size / 2**20:>14,.1f} MiB{notes.get(name, '')}" for name, size in rows.items())
     return "\n".join(lines)
+
+
+def _traffic(config: RunConfig, world_size: int) -> str:
+    """One line per axis over which anything is sent, and what it is of."""
+    sizes, cp = axis_sizes(config, world_size), config.parallel.cp
+    names = {"micro_batch": "cp x tp", "dp": "dp x cp" if cp > 1 else "dp"}
+    lines = [f"{'axis':<8}{'ranks':>6}{'MiB':>12}   of which"]
+    for axis, kinds in largest(sent_by_stage(config, world_size)).items():
+        parts = ", ".join(f"{what} {size / 2**20:,.1f}" for what, size in kinds.items())
+        lines.append(f"{names.get(axis, axis):<8}{sizes[axis]:>6}{sum(kinds.values()) / 2**20:>12,.1f}   {parts}")
+    return "\n".join([*lines, *_traffic_notes(config)])
+
+
+def _traffic_notes(config: RunConfig) -> Iterator[str]:
+    """What the numbers do not say."""
+    if config.parallel.ep > 1:
+        dropless = config.moe.capacity.mode == "dropless"
+        yield "rows to experts: " + ("if every expert gets as many" if dropless else "at most, by the capacity")
+    if config.parallel.pp > 1:
+        yield "of every axis, the stage that sends most over it"

@@ -116,20 +116,14 @@ def stages_have_blocks(config: RunConfig) -> Iterator[Problem]:
     yield Problem("parallel.pp", what, related)
 
 
-def pipelines_run_at_zero_1(config: RunConfig) -> Iterator[Problem]:
+def pipelines_keep_gradients_and_weights_whole(config: RunConfig) -> Iterator[Problem]:
     pp, stage = config.parallel.pp, config.parallel.zero_stage
-    if pp == 1 or stage == 1:
-        return
-    if stage == 0:
-        why = "stage 0 would clip every stage by a norm of its own"
-    else:
-        why = "DeepSpeed's pipeline keeps whole gradients and weights on every rank"
-    if config.training.precision == "fp64":
-        instead = "training.precision fp64 needs stage 0, so use parallel.pp 1 or another precision"
-    else:
-        instead = "use 1"
-    related = ("parallel.pp", "training.precision")
-    yield Problem("parallel.zero_stage", f"{stage} does not go with parallel.pp {pp}: {why}; {instead}", related)
+    if pp > 1 and stage > 1:
+        what = (
+            f"{stage} does not go with parallel.pp {pp}: DeepSpeed's pipeline keeps whole gradients and weights on "
+            "every rank; use 1"
+        )
+        yield Problem("parallel.zero_stage", what, ("parallel.pp",))
 
 
 def router_scope_is_whole_micro_batch(config: RunConfig) -> Iterator[Problem]:
@@ -185,17 +179,6 @@ def offloading_follows_zero(config: RunConfig) -> Iterator[Problem]:
         yield Problem("parallel.offload_parameters", what, ("parallel.zero_stage",))
 
 
-def offloaded_pipelines_add_tied_gradients(config: RunConfig) -> Iterator[Problem]:
-    parallel, tied = config.parallel, config.model.tie_embeddings
-    if parallel.pp > 1 and parallel.offload_optimizer and tied and config.training.precision == "bf16":
-        what = (
-            f"true leaves DeepSpeed's first and last stage (parallel.pp {parallel.pp}) with different bf16 gradients "
-            "for the matrix that model.tie_embeddings true shares; use false here or there, or training.precision fp32"
-        )
-        related = ("parallel.pp", "model.tie_embeddings", "training.precision")
-        yield Problem("parallel.offload_optimizer", what, related)
-
-
 def muon_accumulates_in_fp32(config: RunConfig) -> Iterator[Problem]:
     training, parallel = config.training, config.parallel
     if training.optimizer.type != "muon" or training.precision != "bf16":
@@ -221,12 +204,11 @@ PARALLEL_RULES: tuple[Callable[[RunConfig], Iterator[Problem]], ...] = (
     etp_needs_experts,
     etp_divides_experts,
     stages_have_blocks,
-    pipelines_run_at_zero_1,
+    pipelines_keep_gradients_and_weights_whole,
     router_scope_is_whole_micro_batch,
     conversations_stay_on_their_rank,
     muon_sees_whole_matrices,
     padded_dispatch_needs_whole_micro_batches,
     offloading_follows_zero,
-    offloaded_pipelines_add_tied_gradients,
     muon_accumulates_in_fp32,
 )

@@ -187,6 +187,7 @@ class _Stage:
         there = rows * (size - 1) / size * (self.row_bytes + max(self.wide, self.width))
         back = rows * (size - 1) / size * self.row_bytes
         counts = 0 if padded else (size - 1) * derive.experts_per_rank(self.config) * COUNT
+        counts += (size - 1) * COUNT if self.config.moe.broadcast is not None else 0
         return {
             "rows to experts": blocks * (2 + again) * there,
             "rows back": blocks * (2 + again) * back,

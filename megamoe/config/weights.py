@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from typing import Literal, NamedTuple
@@ -26,10 +27,7 @@ class Weight(NamedTuple):
     @property
     def size(self) -> int:
         """Elements."""
-        size = 1
-        for length in self.shape:
-            size *= length
-        return size
+        return math.prod(self.shape)
 
 
 def rank_weights(config: RunConfig, first: int, end: int) -> list[Weight]:
@@ -104,10 +102,12 @@ def _router(config: RunConfig) -> Iterator[Weight]:
     router, width = config.moe.router, config.model.hidden_size
     if isinstance(router, HashRouterConfig | BalancedRouterConfig):
         return
-    is_resonance = isinstance(router, ResonanceRouterConfig)
-    if not is_resonance or router.affinity == "cosine":
+    if not isinstance(router, ResonanceRouterConfig):
         yield Weight("ffn.router.weight", (config.moe.num_experts, width), "whole")
-    if is_resonance and router.affinity == "grap_learned":
+        return
+    if router.affinity == "cosine":
+        yield Weight("ffn.router.weight", (config.moe.num_experts, width), "whole")
+    elif router.affinity == "grap_learned":
         yield Weight("ffn.router.slice_values", (width,), "whole")
-    if is_resonance and router.learn_scale:
+    if router.learn_scale:
         yield Weight("ffn.router.log_scale", (1,), "whole")

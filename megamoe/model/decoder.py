@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -146,13 +147,7 @@ class Decoder(nn.Module):
             each: score every label by itself; the loss has no gradient then.
         """
         hidden_BSD, layers = self._hidden(tokens_BS, documents_BS=documents_BS)
-        cp, labels_BS = self.place.cp, own_positions(labels_BS, self.place.cp)
-        if targets is not None:
-            targets /= cp.size
-        scores = self.head(hidden_BSD, labels_BS, each=True) if each else None
-        cross_entropy = self.head(hidden_BSD, labels_BS, targets) if scores is None else scores.mean(targets)
-        auxiliary = [with_gradient_share(term, cp.size) for aux in layers for term in aux.losses.values()]
-        return ModelOutput(sum(auxiliary, cross_entropy), cross_entropy, layers, scores)
+        return output_of(self.head, hidden_BSD, layers, labels_BS, targets, each, self.place.cp)
 
     def logits(self, tokens_BS: Tensor, caches: list[KeyValueCache] | None = None) -> Tensor:
         """Last position's logits, [B, V] in fp32 at least. With caches (one per block) the tokens continue them."""
@@ -167,17 +162,57 @@ class Decoder(nn.Module):
     def _hidden(
         self, tokens_BS: Tensor, caches: list[KeyValueCache] | None = None, documents_BS: Tensor | None = None
     ) -> tuple[Tensor, tuple[LayerAux, ...]]:
-        x_BSD = self.embedding(own_positions(tokens_BS, self.place.cp))
-        x_BSD, layers = reduce_scatter_sequence(x_BSD, self.place.tp), []
-        mask_B1SS = document_mask(documents_BS) if documents_BS is not None else None
-        for index, block in enumerate(self.blocks):
-            if self.recompute and self.training:
-                x_BSD, aux = recomputed(block, x_BSD, tokens_BS, None, documents_BS, mask_B1SS)
-            else:
-                cache = caches[index] if caches is not None else None
-                x_BSD, aux = block(x_BSD, tokens_BS, cache, documents_BS, mask_B1SS)
-            layers.append(aux)
-        return self.norm(x_BSD), tuple(layers)
+        x_BSD = embedded(self.embedding, tokens_BS, self.place)
+        again = self.recompute and self.training
+        x_BSD, layers = through(self.blocks, x_BSD, tokens_BS, documents_BS, again, caches)
+        return self.norm(x_BSD), layers
+
+
+def embedded(embedding: nn.Module, tokens_BS: Tensor, place: Placement) -> Tensor:
+    """Hidden states of this rank's positions."""
+    return reduce_scatter_sequence(embedding(own_positions(tokens_BS, place.cp)), place.tp)
+
+
+def through(
+    blocks: Iterable[nn.Module],
+    x_BSD: Tensor,
+    tokens_BS: Tensor,
+    documents_BS: Tensor | None,
+    again: bool,
+    caches: list[KeyValueCache] | None = None,
+) -> tuple[Tensor, tuple[LayerAux, ...]]:
+    """Hidden states after the blocks, and what each block gave besides. `again`: blocks run again in backward."""
+    layers, mask_B1SS = [], document_mask(documents_BS) if documents_BS is not None else None
+    for index, block in enumerate(blocks):
+        cache = caches[index] if caches is not None else None
+        inputs = (x_BSD, tokens_BS, cache, documents_BS, mask_B1SS)
+        x_BSD, aux = recomputed(block, *inputs) if again else block(*inputs)
+        layers.append(aux)
+    return x_BSD, tuple(layers)
+
+
+def output_of(
+    head: nn.Module,
+    hidden_BSD: Tensor,
+    layers: tuple[LayerAux, ...],
+    labels_BS: Tensor,
+    targets: float | None,
+    each: bool,
+    cp: Axis,
+) -> ModelOutput:
+    """Losses, from the hidden states of this rank's positions and the labels of all; arguments as in `Decoder`."""
+    labels_BS = own_positions(labels_BS, cp)
+    if targets is not None:
+        targets /= cp.size
+    scores = head(hidden_BSD, labels_BS, each=True) if each else None
+    cross_entropy = head(hidden_BSD, labels_BS, targets) if scores is None else scores.mean(targets)
+    return ModelOutput(cross_entropy + auxiliary_loss(layers, cp, cross_entropy), cross_entropy, layers, scores)
+
+
+def auxiliary_loss(layers: tuple[LayerAux, ...], cp: Axis, like: Tensor) -> Tensor:
+    """Sum of what the blocks lose besides, with its gradients as `Decoder.forward` says; dtype and device as `like`."""
+    losses = (with_gradient_share(loss, cp.size) for aux in layers for loss in aux.losses.values())
+    return sum(losses, at_least_fp32(like.new_zeros(())))
 
 
 def replicated(model: nn.Module) -> list[nn.Parameter]:

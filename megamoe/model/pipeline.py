@@ -11,16 +11,11 @@ from torch.autograd.function import once_differentiable
 from megamoe.config.run import RunConfig
 from megamoe.config.stages import stage_bounds
 from megamoe.data.batch import Batch
-from megamoe.model.attention import document_mask
 from megamoe.model.block import Block
-from megamoe.model.decoder import Head, ModelOutput, own_positions
+from megamoe.model.decoder import Head, ModelOutput, auxiliary_loss, embedded, output_of, through
 from megamoe.model.norms import build_norm
-from megamoe.model.recompute import recomputed
-from megamoe.moe.losses import with_gradient_share
 from megamoe.moe.placement import WHOLE, Placement
 from megamoe.moe.types import LayerAux
-from megamoe.ops.precision import at_least_fp32
-from megamoe.parallel.regions import reduce_scatter_sequence
 from megamoe.parallel.vocab import VocabParallelEmbedding
 
 
@@ -77,32 +72,21 @@ class DecoderStage(nn.Module):
             What the next stage gets, and this stage's part of the decoder's output: `loss` and `cross_entropy` of all
             stages add up to the whole ones, and blocks elsewhere have an empty entry in `layers`.
         """
-        hidden_BSD, layers = self._hidden(hidden_BSD, batch)
-        cp = self.place.cp.size
-        zero = at_least_fp32(hidden_BSD.new_zeros(()))
-        auxiliary = sum((with_gradient_share(loss, cp) for aux in layers for loss in aux.losses.values()), zero)
-        if self.head is None:
-            return with_losses(hidden_BSD, auxiliary, loss_share), ModelOutput(auxiliary, zero, layers)
-        labels_BS = own_positions(batch.labels_BS, self.place.cp)
-        targets = None if batch.targets is None else batch.targets / cp
-        scores = self.head(hidden_BSD, labels_BS, each=True) if each else None
-        cross_entropy = self.head(hidden_BSD, labels_BS, targets) if scores is None else scores.mean(targets)
-        loss = auxiliary + cross_entropy
-        return loss, ModelOutput(loss, cross_entropy, layers, scores)
-
-    def _hidden(self, x_BSD: Tensor | None, batch: Batch) -> tuple[Tensor, tuple[LayerAux, ...]]:
         if self.first:
             assert self.embedding is not None
-            x_BSD = self.embedding(own_positions(batch.tokens_BS, self.place.cp))
-            x_BSD = reduce_scatter_sequence(x_BSD, self.place.tp)
-        assert x_BSD is not None
-        layers = [LayerAux({}, {}, {})] * self.num_blocks
-        mask_B1SS = document_mask(batch.documents_BS) if batch.documents_BS is not None else None
-        for number, block in self.numbered_blocks().items():
-            inputs = (x_BSD, batch.tokens_BS, None, batch.documents_BS, mask_B1SS)
-            again = self.recompute and self.training
-            x_BSD, layers[number] = recomputed(block, *inputs) if again else block(*inputs)
-        return (self.norm(x_BSD) if self.norm is not None else x_BSD), tuple(layers)
+            hidden_BSD = embedded(self.embedding, batch.tokens_BS, self.place)
+        assert hidden_BSD is not None
+        again = self.recompute and self.training
+        hidden_BSD, own = through(self.blocks.values(), hidden_BSD, batch.tokens_BS, batch.documents_BS, again)
+        numbered = dict(zip(self.numbered_blocks(), own, strict=True))
+        layers = tuple(numbered.get(number, LayerAux({}, {}, {})) for number in range(self.num_blocks))
+        if self.head is None or self.norm is None:
+            auxiliary = auxiliary_loss(layers, self.place.cp, hidden_BSD)
+            zero = torch.zeros_like(auxiliary)
+            return with_losses(hidden_BSD, auxiliary, loss_share), ModelOutput(auxiliary, zero, layers)
+        hidden_BSD = self.norm(hidden_BSD)
+        output = output_of(self.head, hidden_BSD, layers, batch.labels_BS, batch.targets, each, self.place.cp)
+        return output.loss, output
 
 
 def with_losses(hidden: Tensor, losses: Tensor, share: float) -> Tensor:

@@ -70,6 +70,8 @@ class Groups:
     """dp x cp x tp: all ranks of a pipeline stage."""
     experts: RankGroup
     """ep x etp: ranks that together hold a stage's experts once."""
+    ends: RankGroup
+    """First and last stage of a pipeline, which share a tied embedding; and the stages between them."""
 
 
 def build_groups(topology: Topology, timeout: timedelta | None = None) -> Groups:
@@ -80,7 +82,16 @@ def build_groups(topology: Topology, timeout: timedelta | None = None) -> Groups
     """
     rank, made = dist.get_rank(), dict[tuple[Group, ...], RankGroup]()
     fields = {name: _build(topology.groups(*axes), rank, timeout, made) for name, axes in AXES.items()}
+    fields["ends"] = _build(_ends(topology), rank, timeout, made)
     return Groups(topology, rank, **fields)
+
+
+def _ends(topology: Topology) -> tuple[Group, ...]:
+    """Every pipeline in two: its first and last rank, and those between them."""
+    pipelines = topology.groups("pp")
+    if topology.pp <= 2:
+        return pipelines
+    return tuple(part for ranks in pipelines for part in ((ranks[0], ranks[-1]), ranks[1:-1]))
 
 
 def _build(

@@ -147,7 +147,7 @@ def _whole(engine: Engine, name: str, part: Tensor) -> Tensor:
 
 
 def _complete(engine: Engine, own: dict[str, Tensor]) -> dict[str, Tensor]:
-    """With those of the other pipeline stages."""
+    """With those of the other pipeline stages; of what several have, this rank's, so that every copy is looked at."""
     pp = engine.groups.pp
-    parts: Iterable[dict[str, Tensor]] = collectives.gather_objects(own, pp.handle) if pp.size > 1 else [own]
-    return {name: tensor for part in parts for name, tensor in part.items()}
+    parts: Iterable[dict[str, Tensor]] = collectives.gather_objects(own, pp.handle) if pp.size > 1 else []
+    return {name: tensor for part in (*parts, own) for name, tensor in part.items()}

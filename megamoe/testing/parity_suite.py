@@ -97,7 +97,8 @@ def _lead(plan: Plan, board: Board, report: Report, publish: Callable[[Outcome],
                 config, plan.steps, flips_count(case.setting), reference=files[compared_with(case.setting)]
             )
             answer = ask_program(request, _meeting_at(port))
-            whys = [board.ask(f"{case}: end of rank {rank}", START_SECONDS) for rank in range(1, env.world_size())]
+            limit = _seconds(config) + START_SECONDS
+            whys = [board.ask(f"{case}: end of rank {rank}", limit) for rank in range(1, env.world_size())]
             failures = [f"rank {rank}: {why}" for rank, why in enumerate(whys, start=1) if why]
             if isinstance(answer, Measurement) and not failures:
                 return answer
@@ -122,7 +123,8 @@ def _follow(plan: Plan, board: Board) -> bool:
         port = int(board.ask(f"{case}: port", patience + START_SECONDS))
         answer = ask_program(Request(case.config, plan.steps, flips_count(case.setting)), _meeting_at(port))
         board.tell(f"{case}: end of rank {env.rank()}", answer.why if isinstance(answer, Failed) else "")
-        patience = _seconds(case.config) + START_SECONDS
+        # While the program of rank 0 may run, and that of yet another rank.
+        patience = 2 * (_seconds(case.config) + START_SECONDS)
     failed = bool(board.ask("outcome", patience + START_SECONDS))
     board.tell(f"rank {env.rank()} knows", "")
     return failed

@@ -221,7 +221,7 @@ class Engine:
         if stage == 2:
             # Frozen parameters are among the weights already. Rank 0 would write its own a second time, and all ranks
             # read these last: every rank would go on with the experts of rank 0.
-            values["_get_zero_frozen_paramattributes"] = lambda attribute: None
+            values["_get_zero_frozen_param_attributes"] = lambda attribute: None
         if stage == 3 and any(is_expert(p) and not p.requires_grad for p in self.model.parameters()):
             # The format for MoE layers refuses frozen experts; the ordinary one keeps every rank's part of them.
             values["has_moe_layers"] = False

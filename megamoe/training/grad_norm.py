@@ -29,7 +29,7 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float, groups: 
     whole, tp, experts = (_squared_norm([g for s, g in gradients if s == kind], zero) for kind in ("", "tp", "experts"))
     all_reduce_sum(tp, groups.tp.handle)
     all_reduce_sum(experts, groups.experts.handle)
-    norm = (whole + tp + experts).sqrt()
+    norm = all_reduce_sum(whole + tp + experts, groups.pp.handle).sqrt()
     if max_norm > 0:
         scale = (max_norm / (norm + 1e-6)).clamp_max(1.0)
         for _, gradient in gradients:
@@ -39,6 +39,8 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float, groups: 
 
 def _spread_over(parameter: nn.Parameter) -> str:
     """The group whose ranks together hold the parameter once."""
+    if getattr(parameter, "ds_pipe_replicated", False):
+        return "another stage"
     if is_expert(parameter):
         return "experts"
     return "tp" if shards_of(parameter) else ""

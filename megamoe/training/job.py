@@ -34,7 +34,7 @@ from megamoe.training.run_folder import MetricsFile, open_run_folder, write_conf
 from megamoe.training.setup import Runtime, placement
 from megamoe.training.state import TrainState
 from megamoe.training.step import Loader
-from megamoe.training.trainable import select_trainable
+from megamoe.training.trainable import Selection, select_trainable
 
 UNUSED = {
     "dropless": {"factor", "drop", "minimum", "momentum", "warmup_steps", "tile"},
@@ -133,6 +133,9 @@ def _prepare(model: nn.Module, config: RunConfig, runtime: Runtime, fill: Callab
     names = [name for stage in stages for name in stage]
     # Together: what is left to train can differ between stages.
     selection = collectives.together(lambda: select_trainable(model, config, names))
+    if pp.size > 1:
+        parts = collectives.gather_objects(selection, pp.handle)
+        selection = Selection(sum(part.trained for part in parts), sum(part.total for part in parts))
     if selection.trained < selection.total:
         log.info("%s", selection)
     sum_replicated_gradients(replicated(model), axis_of(runtime.groups.tp))

@@ -27,7 +27,6 @@ from megamoe.training.optimizer import parameter_groups, set_lr
 
 # isort: split
 # After ours, which says what accelerator DeepSpeed is to take before its first import.
-from deepspeed import comm
 from deepspeed.runtime.pipe.module import PipelineModule
 from deepspeed.runtime.pipe.schedule import OptimizerStep, ReduceTiedGrads
 from deepspeed.runtime.pipe.topology import PipelineParallelGrid, PipeModelDataParallelTopology
@@ -53,7 +52,6 @@ class PipelineEngine(Engine):
         self._pipe = _Pipe(stage, groups, 1.0 / derive.accumulation_steps(config, groups.topology.world_size))
         self._shape: torch.Size | None = None
         super().__init__(config, self._pipe, groups)
-        self._pipe.join_copies(groups)
         own = {ReduceTiedGrads: _add_up_copies, OptimizerStep: self._step}
         self._engine._INSTRUCTION_MAP = {**self._engine._INSTRUCTION_MAP, **own}
 
@@ -150,23 +148,13 @@ class _Pipe(PipelineModule):
         self.forward_funcs, self.loss_fn, self.dynamic_shape = [stage], None, False
         self.activation_checkpoint_interval, self.activation_checkpoint_func = 0, None
         self.tied_comms: dict[str, dict[str, Any]] = {}
-        self.tied_group: ProcessGroup | None = None
+        self.tied_group = groups.ends.handle
         for parameter in stage.parameters():
             # Counted once in the norm.
             parameter.ds_pipe_replicated = _is_copy(stage, parameter)  # type: ignore[attr-defined]
         self._batches: Iterator[Batch] = iter(())
         self._observe: Observe = _nothing
         self._each = False
-
-    def join_copies(self, groups: Groups) -> None:
-        """Make the groups in which gradients of a tied embedding are added up. Collective, once DeepSpeed has begun."""
-        if not self.stage.tied:
-            return
-        for ranks in groups.topology.groups("pp"):
-            ends = [ranks[0], ranks[-1]]
-            handle = groups.pp.handle if groups.pp.size == 2 else comm.new_group(ends)
-            if groups.rank in ends:
-                self.tied_group = handle
 
     def take(self, batches: Sequence[Batch], observe: Observe, each: bool) -> None:
         """What the next forward passes are of, one after the other."""
@@ -182,7 +170,7 @@ class _Pipe(PipelineModule):
     def get_tied_weights_and_groups(self) -> list[tuple[Tensor, ProcessGroup]]:
         """Of which the engine adds up the gradients."""
         embedding = self.stage.embedding
-        if self.tied_group is None or embedding is None or not embedding.weight.requires_grad:
+        if not self.stage.tied or embedding is None or not embedding.weight.requires_grad:
             return []
         return [(embedding.weight, self.tied_group)]
 

@@ -209,7 +209,8 @@ def test_bf16_follows_fp32(stage: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "router, world_size, ep", [*((router, 4, 2) for router in ROUTERS), ("topk", 2, 1), ("topk", 2, 2), ("resonance", 2, 2)]
+    "router, world_size, ep",
+    [*((router, 4, 2) for router in ROUTERS), ("topk", 2, 1), ("topk", 2, 2), ("resonance", 2, 2)],
 )
 def test_fp64_leaves_only_its_rounding(router: str, world_size: int, ep: int) -> None:
     """What is left between layouts in fp32 is rounding: with 29 more bits it shrinks as much, to 3e-15 where measured.

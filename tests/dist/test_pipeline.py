@@ -30,8 +30,9 @@ from megamoe.training.metrics import Accumulator
 from megamoe.training.setup import Runtime, topology_of
 from megamoe.training.step import train_step
 
-STEPS = 10
+STEPS = 4
 ZERO_0, ZERO_1 = "parallel.zero_stage=0", "parallel.zero_stage=1"
+FP64 = "training.precision=fp64"
 UNTIED = "model.tie_embeddings=false"
 RESONANCE = "moe.router.type=resonance"
 STATIC = (RESONANCE, "moe.capacity.mode=static", "moe.router.threshold=0.9")
@@ -57,24 +58,35 @@ def layout(pp: int, ep: int = 1) -> tuple[str, ...]:
     "ranks, pp, ep, settings",
     [
         pytest.param(2, 2, 1, (), id="pp2-tied"),
-        pytest.param(2, 2, 1, (UNTIED,), id="pp2-untied"),
-        pytest.param(4, 2, 2, (), id="pp2-ep2-tied"),
         pytest.param(4, 2, 2, (UNTIED, RESONANCE), id="pp2-ep2-untied-resonance"),
         pytest.param(4, 2, 1, FOLLOWING, id="pp2-dp2-following-capacity"),
-        pytest.param(4, 2, 2, STATIC, id="pp2-ep2-static-capacity"),
         pytest.param(2, 2, 1, MIXED, id="pp2-mixed-blocks"),
-        pytest.param(3, 3, 1, ("model.num_layers=3",), id="pp3-tied"),
-        pytest.param(3, 3, 1, ("model.num_layers=4", UNTIED, RESONANCE), id="pp3-untied-resonance"),
+        pytest.param(3, 3, 1, ("model.num_layers=4", UNTIED), id="pp3-untied"),
     ],
 )
 def test_stages_equal_one_process(ranks: int, pp: int, ep: int, settings: tuple[str, ...]) -> None:
     parity.compare(run_ranks(train, ranks, (*layout(pp, ep), ZERO_1, *settings))[0], reference(*settings))
 
 
-@pytest.mark.parametrize("axis", ["tp", "cp"])
-def test_stages_whose_sequences_are_spread(axis: str) -> None:
+@pytest.mark.parametrize(
+    "ranks, pp, ep, settings",
+    [
+        pytest.param(2, 2, 1, (), id="pp2-tied"),
+        pytest.param(4, 2, 2, (UNTIED, RESONANCE), id="pp2-ep2-untied-resonance"),
+        pytest.param(4, 2, 2, STATIC, id="pp2-ep2-static-capacity"),
+        pytest.param(2, 2, 1, MIXED, id="pp2-mixed-blocks"),
+        pytest.param(3, 3, 1, ("model.num_layers=3", STRONG), id="pp3-tied-strong-balance"),
+    ],
+)
+def test_in_fp64_only_rounding_is_left(ranks: int, pp: int, ep: int, settings: tuple[str, ...]) -> None:
+    run = run_ranks(train, ranks, (*layout(pp, ep), ZERO_0, *settings, FP64))[0]
+    parity.compare(run, reference(*settings, FP64), parity.EXACT)
+
+
+@pytest.mark.parametrize("axis, zero", [("tp", ZERO_1), ("cp", ZERO_0)])
+def test_stages_whose_sequences_are_spread(axis: str, zero: str) -> None:
     """Only the rank's own positions travel to the next stage."""
-    run = run_ranks(train, 4, (*layout(2, 2), f"parallel.{axis}=2", ZERO_1))[0]
+    run = run_ranks(train, 4, (*layout(2, 2), f"parallel.{axis}=2", zero))[0]
     parity.compare(run, reference())
 
 
@@ -128,8 +140,15 @@ def test_bf16_follows_fp32(settings: tuple[str, ...]) -> None:
     assert max(abs(a - b) for a, b in zip(bf16.losses, fp32.losses, strict=True)) < 3e-2
 
 
-def test_the_optimizer_on_the_cpu() -> None:
-    parity.compare(run_ranks(train, 2, (*layout(2), ZERO_1, "parallel.offload_optimizer=true"))[0], reference())
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_optimizer_on_the_cpu(precision: str) -> None:
+    """In bf16 ZeRO accumulates beside `grad`, where DeepSpeed's sum over a tied embedding's stages does not look."""
+    settings = ("parallel.offload_optimizer=true", ZERO_1, f"training.precision={precision}")
+    run, fp32 = run_ranks(train, 2, (*layout(2), *settings))[0], reference()
+    if precision == "fp32":
+        parity.compare(run, fp32)
+    assert abs(run.norms[0] - fp32.norms[0]) < 0.05 * fp32.norms[0]
+    assert max(abs(a - b) for a, b in zip(run.losses, fp32.losses, strict=True)) < 2e-3
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -253,7 +272,7 @@ def other_seed(config: RunConfig) -> Any:
     "ranks, overrides",
     [
         pytest.param(2, (*layout(2), ZERO_1), id="pp2"),
-        pytest.param(2, (*layout(2), ZERO_1, UNTIED), id="pp2-untied"),
+        pytest.param(2, (*layout(2), ZERO_0, UNTIED), id="pp2-zero0"),
         pytest.param(4, (*layout(2, 2), ZERO_1, "training.precision=bf16", *FOLLOWING), id="pp2-ep2-bf16"),
         pytest.param(4, (*layout(2, 2), "parallel.tp=2", ZERO_1), id="pp2-tp2-ep2"),
     ],

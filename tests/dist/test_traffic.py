@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import NamedTuple
 
 import pytest
 
@@ -44,15 +45,21 @@ LAYOUTS = {
     "cp2-ep2": (2, ("parallel.cp=2", "parallel.ep=2")),
     "cp2-ep2-dp2": (4, ("parallel.cp=2", "parallel.ep=2")),
     "pp2": (2, ("parallel.pp=2",)),
+    "pp3": (3, ("parallel.pp=3", "moe.first_k_dense=0")),
     "pp2-tp2-ep2": (4, ("parallel.pp=2", "parallel.tp=2", "parallel.ep=2")),
 }
 
 
-class Counted:
+class Counted(NamedTuple):
     """One optimizer step on one rank."""
 
-    def __init__(self, stage: int, sent: dict[str, float], dispatched: float, sent_again: dict[str, float]) -> None:
-        self.stage, self.sent, self.dispatched, self.sent_again = stage, sent, dispatched, sent_again
+    stage: int
+    sent: dict[str, float]
+    """Bytes by axis."""
+    dispatched: float
+    """Bytes that the dispatchers say they sent forward."""
+    sent_again: dict[str, float]
+    """By kind of operation, how much more a replay sent."""
 
 
 def count(overrides: tuple[str, ...]) -> Counted:
@@ -114,6 +121,7 @@ def assert_equal(counted: dict[str, float], predicted: dict[str, float], *but: s
             ),
             id="dp2-zero3-gathers",
         ),
+        pytest.param("dp2", ("parallel.zero_stage=2", "parallel.offload_optimizer=true"), id="dp2-zero2-offload"),
         pytest.param("dp2", ("parallel.zero_stage=1", *BF16), id="dp2-zero1-bf16"),
         pytest.param("dp2", ("parallel.zero_stage=2", *BF16), id="dp2-zero2-bf16"),
         pytest.param("ep2", ("parallel.zero_stage=2",), id="ep2-zero2"),
@@ -129,7 +137,8 @@ def assert_equal(counted: dict[str, float], predicted: dict[str, float], *but: s
         pytest.param("cp2-ep2", ("model.num_kv_heads=1",), id="cp2-ep2-one-kv-head"),
         pytest.param("pp2", (), id="pp2"),
         pytest.param("pp2", BF16, id="pp2-bf16"),
-        pytest.param("pp2-tp2-ep2", ("parallel.zero_stage=0",), id="pp2-tp2-ep2-zero0"),
+        pytest.param("pp3", (), id="pp3"),
+        pytest.param("pp2-tp2-ep2", (), id="pp2-tp2-ep2"),
         *(
             pytest.param(layout, (f"training.recompute={again}",), id=f"{layout}-recompute-{again}")
             for layout in ("tp2-ep2-etp2", "cp2-ep2")
@@ -151,6 +160,8 @@ def test_predicted_is_counted(layout: str, settings: tuple[str, ...]) -> None:
         pytest.param("cp2-ep2-dp2", (*TOPK, "training.recompute=full"), id="cp2-ep2-dp2-recompute-full"),
         pytest.param("tp2-ep2-etp2", TOPK, id="tp2-ep2-etp2"),
         pytest.param("ep4", RESONANCE, id="ep4"),
+        pytest.param("ep2", (*RESONANCE, "moe.router.scope=ep_group", *STATIC), id="ep2-experts-choose-over-ranks"),
+        pytest.param("ep2", (*TOPK, "moe.broadcast={threshold: fixed, entropy: 0.5}"), id="ep2-broadcast"),
     ],
 )
 def test_rows_to_experts_are_those_that_were_routed(layout: str, settings: tuple[str, ...]) -> None:
@@ -168,7 +179,8 @@ def test_rows_to_experts_are_those_that_were_routed(layout: str, settings: tuple
     exchanged = sum(rank.sent["ep"] + rank.sent.get("etp", 0.0) for rank in ranks)
     stages = sent_by_stage(config, len(ranks))
     numbers = sum(stages[0].get(axis, {}).get("numbers of rows", 0.0) for axis in ("ep", "etp")) / (passes - 1)
-    assert exchanged == passes * sum(rank.dispatched for rank in ranks) - len(ranks) * numbers
+    choices = stages[0]["ep"].get("choices", 0.0)
+    assert exchanged == passes * sum(rank.dispatched for rank in ranks) + len(ranks) * (choices - numbers)
 
 
 def test_a_replay_sends_the_same() -> None:

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from megamoe.config.deepspeed import ADJUSTABLE, OWNED, deepspeed_config
+from megamoe.config.derive import parameter_counts
 from megamoe.config.load import load_config
 
 
@@ -117,3 +118,12 @@ def test_deepspeed_reads_what_we_mean(stage: int, precision: str) -> None:
     assert config.zero_allow_untested_optimizer is True
     assert config.steps_per_print is None
     assert not config.monitor_config.enabled
+
+
+@pytest.mark.parametrize("layers", [2, 3])
+def test_buckets_are_even(layers: int) -> None:
+    """DeepSpeed's ZeRO-1 and -2 fail to start with an odd one, such as a model of so many parameters would give."""
+    config = load_config([], ["moe.router.type=resonance", f"model.num_layers={layers}"])
+    zero = deepspeed_config(config, 1)["zero_optimization"]
+    assert parameter_counts(config)["total"].total % 2 == layers % 2
+    assert zero["allgather_bucket_size"] % 2 == zero["reduce_bucket_size"] % 2 == 0
