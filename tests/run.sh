@@ -3,6 +3,7 @@
 #
 #   bash tests/run.sh                       everything
 #   bash tests/run.sh tests/unit -k blend   only pytest, with these arguments
+#   bash tests/run.sh -m thorough           what everything leaves out: further combinations, last result in tests/thorough.md
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -30,5 +31,5 @@ check "mypy" mypy
 ((${#scripts[@]} == 0)) || check "shellcheck" shellcheck "${scripts[@]}"
 # Two workers: one runs the tests that start ranks of their own, the other everything else (tests/conftest.py).
 printf '== pytest%s\n' "${failed:+ (failed before it: ${failed[*]})}"
-python -m pytest -q -n 2 --dist loadgroup -m "not gpu" || exit
+python -m pytest -q -n 2 --dist loadgroup -m "not gpu and not thorough" || exit
 ((${#failed[@]} == 0)) || exit 1

@@ -34,6 +34,7 @@ from megamoe.training.workarounds import (
     check_version,
     failing_at_the_end,
     no_expert_group_asked_of_zero,
+    no_memory_report,
     norm_of_experts_alone,
     prepare_deepspeed,
     reduce_in_fp64,
@@ -63,7 +64,7 @@ class Engine:
         self._clipped_norm: Tensor | None = None
         if config.parallel.zero_stage == 0:
             self.optimizer.register_step_pre_hook(self._clip)
-        with no_expert_group_asked_of_zero(model):
+        with no_expert_group_asked_of_zero(model), no_memory_report():
             self._engine, *_ = deepspeed.initialize(
                 model=model,
                 optimizer=self.optimizer,

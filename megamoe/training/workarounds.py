@@ -59,6 +59,15 @@ def no_expert_group_asked_of_zero(model: nn.Module) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def no_memory_report() -> Iterator[None]:
+    """Let the optimizer of bf16 at ZeRO-1 be built without a page of prints about memory."""
+    from deepspeed.runtime import bf16_optimizer
+
+    with attributes(bf16_optimizer, {"see_memory_usage": lambda *args, **kwargs: None}):
+        yield
+
+
 def norm_of_experts_alone(optimizer: Any) -> None:
     """The optimizer of bf16 at ZeRO-1 fails to add up the norm of an empty list where only experts are trained."""
     from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
