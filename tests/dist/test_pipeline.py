@@ -31,6 +31,7 @@ from megamoe.training.setup import Runtime, topology_of
 from megamoe.training.step import train_step
 
 STEPS = 4
+THOROUGH = pytest.mark.thorough
 ZERO_0, ZERO_1 = "parallel.zero_stage=0", "parallel.zero_stage=1"
 FP64 = "training.precision=fp64"
 UNTIED = "model.tie_embeddings=false"
@@ -59,7 +60,7 @@ def layout(pp: int, ep: int = 1) -> tuple[str, ...]:
     [
         pytest.param(2, 2, 1, (), id="pp2-tied"),
         pytest.param(4, 2, 2, (UNTIED, RESONANCE), id="pp2-ep2-untied-resonance"),
-        pytest.param(4, 2, 1, FOLLOWING, id="pp2-dp2-following-capacity"),
+        pytest.param(4, 2, 1, FOLLOWING, id="pp2-dp2-following-capacity", marks=THOROUGH),
         pytest.param(2, 2, 1, MIXED, id="pp2-mixed-blocks"),
         pytest.param(3, 3, 1, ("model.num_layers=4", UNTIED), id="pp3-untied"),
     ],
@@ -71,10 +72,10 @@ def test_stages_equal_one_process(ranks: int, pp: int, ep: int, settings: tuple[
 @pytest.mark.parametrize(
     "ranks, pp, ep, settings",
     [
-        pytest.param(2, 2, 1, (), id="pp2-tied"),
-        pytest.param(4, 2, 2, (UNTIED, RESONANCE), id="pp2-ep2-untied-resonance"),
+        pytest.param(2, 2, 1, (), id="pp2-tied", marks=THOROUGH),
+        pytest.param(4, 2, 2, (UNTIED, RESONANCE), id="pp2-ep2-untied-resonance", marks=THOROUGH),
         pytest.param(4, 2, 2, STATIC, id="pp2-ep2-static-capacity"),
-        pytest.param(2, 2, 1, MIXED, id="pp2-mixed-blocks"),
+        pytest.param(2, 2, 1, MIXED, id="pp2-mixed-blocks", marks=THOROUGH),
         pytest.param(3, 3, 1, ("model.num_layers=3", STRONG), id="pp3-tied-strong-balance"),
     ],
 )
@@ -90,7 +91,7 @@ def test_stages_whose_sequences_are_spread(axis: str, zero: str) -> None:
     parity.compare(run, reference())
 
 
-@pytest.mark.parametrize("recompute", ["full", "attention", "moe"])
+@pytest.mark.parametrize("recompute", ["full", *(pytest.param(name, marks=THOROUGH) for name in ("attention", "moe"))])
 def test_recomputation_changes_nothing(recompute: str) -> None:
     overrides = (*layout(2, 2), ZERO_1, *FOLLOWING, f"training.recompute={recompute}")
     parity.compare(run_ranks(train, 4, overrides)[0], reference(*FOLLOWING))
@@ -106,6 +107,7 @@ def test_balance_loss_counts_once_on_every_stage(micro_batch_size: int) -> None:
     assert run.auxiliary[0] > 0.5 * run.losses[0]
 
 
+@THOROUGH
 def test_muon_equals_one_process() -> None:
     """Without clipping: DeepSpeed's ZeRO would clip the orthogonalised matrices."""
     settings = ("training.optimizer.type=muon", "training.gradient_clipping=0.0", UNTIED)

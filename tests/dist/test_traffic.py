@@ -22,6 +22,7 @@ from megamoe.training.job import build_engine
 from megamoe.training.setup import Runtime, topology_of
 
 # A dense block, then MoE blocks with a shared expert, all of widths that are no powers of two.
+THOROUGH = pytest.mark.thorough
 MODEL = (
     "model.num_layers=3",
     "model.ffn_size=40",
@@ -121,26 +122,28 @@ def assert_equal(counted: dict[str, float], predicted: dict[str, float], *but: s
             ),
             id="dp2-zero3-gathers",
         ),
-        pytest.param("dp2", ("parallel.zero_stage=2", "parallel.offload_optimizer=true"), id="dp2-zero2-offload"),
+        pytest.param(
+            "dp2", ("parallel.zero_stage=2", "parallel.offload_optimizer=true"), id="dp2-zero2-offload", marks=THOROUGH
+        ),
         pytest.param("dp2", ("parallel.zero_stage=1", *BF16), id="dp2-zero1-bf16"),
-        pytest.param("dp2", ("parallel.zero_stage=2", *BF16), id="dp2-zero2-bf16"),
-        pytest.param("ep2", ("parallel.zero_stage=2",), id="ep2-zero2"),
+        pytest.param("dp2", ("parallel.zero_stage=2", *BF16), id="dp2-zero2-bf16", marks=THOROUGH),
+        pytest.param("ep2", ("parallel.zero_stage=2",), id="ep2-zero2", marks=THOROUGH),
         pytest.param("ep2", STATIC, id="ep2-padded"),
-        pytest.param("ep2", (*STATIC, "moe.dispatcher=all_to_all"), id="ep2-static-ragged"),
+        pytest.param("ep2", (*STATIC, "moe.dispatcher=all_to_all"), id="ep2-static-ragged", marks=THOROUGH),
         pytest.param("ep4", (), id="ep4"),
         pytest.param("tp2", (), id="tp2"),
-        pytest.param("tp2", ("model.num_kv_heads=1",), id="tp2-one-kv-head"),
+        pytest.param("tp2", ("model.num_kv_heads=1",), id="tp2-one-kv-head", marks=THOROUGH),
         pytest.param("tp2-ep2", BF16, id="tp2-ep2-bf16"),
-        pytest.param("tp2-ep2-dp2", (), id="tp2-ep2-dp2"),
+        pytest.param("tp2-ep2-dp2", (), id="tp2-ep2-dp2", marks=THOROUGH),
         pytest.param("tp2-ep2-etp2", (), id="tp2-ep2-etp2"),
-        pytest.param("cp2-ep2-dp2", (), id="cp2-ep2-dp2"),
-        pytest.param("cp2-ep2", ("model.num_kv_heads=1",), id="cp2-ep2-one-kv-head"),
+        pytest.param("cp2-ep2-dp2", (), id="cp2-ep2-dp2", marks=THOROUGH),
+        pytest.param("cp2-ep2", ("model.num_kv_heads=1",), id="cp2-ep2-one-kv-head", marks=THOROUGH),
         pytest.param("pp2", (), id="pp2"),
-        pytest.param("pp2", BF16, id="pp2-bf16"),
-        pytest.param("pp3", (), id="pp3"),
+        pytest.param("pp2", BF16, id="pp2-bf16", marks=THOROUGH),
+        pytest.param("pp3", (), id="pp3", marks=THOROUGH),
         pytest.param("pp2-tp2-ep2", (), id="pp2-tp2-ep2"),
         *(
-            pytest.param(layout, (f"training.recompute={again}",), id=f"{layout}-recompute-{again}")
+            pytest.param(layout, (f"training.recompute={again}",), id=f"{layout}-recompute-{again}", marks=THOROUGH)
             for layout in ("tp2-ep2-etp2", "cp2-ep2")
             for again in ("full", "attention", "moe")
         ),
@@ -157,10 +160,17 @@ def test_predicted_is_counted(layout: str, settings: tuple[str, ...]) -> None:
     [
         pytest.param("tp2-ep2", TOPK, id="tp2-ep2"),
         pytest.param("tp2-ep2", (*RESONANCE, "training.recompute=moe"), id="tp2-ep2-resonance-recompute-moe"),
-        pytest.param("cp2-ep2-dp2", (*TOPK, "training.recompute=full"), id="cp2-ep2-dp2-recompute-full"),
+        pytest.param(
+            "cp2-ep2-dp2", (*TOPK, "training.recompute=full"), id="cp2-ep2-dp2-recompute-full", marks=THOROUGH
+        ),
         pytest.param("tp2-ep2-etp2", TOPK, id="tp2-ep2-etp2"),
         pytest.param("ep4", RESONANCE, id="ep4"),
-        pytest.param("ep2", (*RESONANCE, "moe.router.scope=ep_group", *STATIC), id="ep2-experts-choose-over-ranks"),
+        pytest.param(
+            "ep2",
+            (*RESONANCE, "moe.router.scope=ep_group", *STATIC),
+            id="ep2-experts-choose-over-ranks",
+            marks=THOROUGH,
+        ),
         pytest.param("ep2", (*TOPK, "moe.broadcast={threshold: fixed, entropy: 0.5}"), id="ep2-broadcast"),
     ],
 )
