@@ -35,7 +35,7 @@ class RoutingPlan(NamedTuple):
     rows_per_expert_E: Tensor
     """int64 [E]: number of assignments of each expert; sums to A."""
     logits_TE: Tensor
-    """fp32 [T, E]: router logits."""
+    """fp32 [T, E]: router logits. Where the rows are a part of a micro-batch with padding, those of real rows only."""
     losses: dict[str, Tensor]
     """Auxiliary losses, fp32 scalars, already multiplied by their coefficients."""
     observations: dict[str, Tensor]

@@ -54,13 +54,18 @@ def recording(routers: dict[int, Router], run: ParityRun, step: int, micro_batch
     def record(block: int, router: Router, about: Rows, plan: RoutingPlan) -> None:
         if recomputing():
             return
-        mask_TE = torch.zeros_like(plan.logits_TE, dtype=torch.bool)
-        mask_TE[plan.token_ids_A, plan.expert_ids_A] = True
         top = plan.logits_TE.detach().topk(min(router.top_k + 1, router.num_experts), dim=-1).values
         margin_T = top[:, router.top_k - 1] - top[:, -1]
         place = (step, micro_batches[seen[block]], block)
         seen[block] += 1
-        if about.spread is not None:
+        spread = about.spread
+        if spread is not None and (local_T := spread.own(margin_T.device)[1]) is not None:
+            # The plan has logits of real rows only, and speaks of places among all rows of the rank.
+            real_T, margin_T = margin_T, margin_T.new_zeros(spread.batch * spread.length)
+            margin_T[local_T] = real_T
+        mask_TE = torch.zeros(len(margin_T), router.num_experts, dtype=torch.bool, device=margin_T.device)
+        mask_TE[plan.token_ids_A, plan.expert_ids_A] = True
+        if spread is not None:
             mask_TE, margin_T = about.whole(mask_TE), about.whole(margin_T)
         if block in cuts:
             margin_T = torch.minimum(margin_T, cuts.pop(block))

@@ -207,9 +207,10 @@ class Engine:
             OSError, RuntimeError, KeyError: there is none, or one of something else.
         """
         if by_rank(self.groups):
-            load_states(folder / tag, self._engine, self.model, self.groups, self.config.parallel.zero_stage)
+            with contextlib.redirect_stdout(None):  # DeepSpeed prints which function it is in, on every rank
+                load_states(folder / tag, self._engine, self.model, self.groups, self.config.parallel.zero_stage)
             return
-        with self._frozen_parts():
+        with self._frozen_parts(), contextlib.redirect_stdout(None):
             path, _ = self._engine.load_checkpoint(str(folder), tag=tag, load_lr_scheduler_states=False)
         if path is None:
             raise FileNotFoundError(f"DeepSpeed finds no checkpoint {tag} in {folder}")

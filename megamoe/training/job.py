@@ -34,7 +34,7 @@ from megamoe.training.run_folder import MetricsFile, open_run_folder, write_conf
 from megamoe.training.setup import Runtime, placement
 from megamoe.training.state import TrainState
 from megamoe.training.step import Loader
-from megamoe.training.trainable import Selection, select_trainable
+from megamoe.training.trainable import Selection, nothing_left, select_trainable
 
 UNUSED = {
     "dropless": {"factor", "drop", "minimum", "momentum", "warmup_steps", "tile"},
@@ -136,6 +136,8 @@ def _prepare(model: nn.Module, config: RunConfig, runtime: Runtime, fill: Callab
     if pp.size > 1:
         parts = collectives.gather_objects(selection, pp.handle)
         selection = Selection(sum(part.trained for part in parts), sum(part.total for part in parts))
+        if not selection.trained:
+            raise nothing_left(config)
     if selection.trained < selection.total:
         log.info("%s", selection)
     sum_replicated_gradients(replicated(model), axis_of(runtime.groups.tp))

@@ -53,19 +53,25 @@ def select_trainable(model: nn.Module, config: RunConfig, names: list[str] | Non
         degrees = (getattr(config.parallel, shard.axis) for shard in shards_of(parameter))
         size = math.prod(degrees, start=parameter.numel())
         total, trained = total + size, trained + size * parameter.requires_grad
-    if not trained:
-        raise ConfigError(
-            "No parameter is left to train.",
-            got=f"training.trainable={list(training.trainable)}, frozen: {list(frozen)}",
-            expected="at least one parameter that matches the first and none of the second",
-            todo="take a pattern out of training.frozen, or choose others in training.trainable",
-        )
+    whole = {name for name, _ in model.named_parameters()}.issuperset(names)
+    if not trained and whole:  # of a part of a model, only the whole can tell
+        raise nothing_left(config)
     for router in (module for module in model.modules() if isinstance(module, Router)):
         own = list(router.parameters())
         # One without parameters is frozen where that is asked for by name; no pattern can.
         asked = config.moe.broadcast is not None and config.moe.broadcast.freeze_router
         router.frozen = asked or (bool(own) and not any(parameter.requires_grad for parameter in own))
     return Selection(trained, total)
+
+
+def nothing_left(config: RunConfig) -> ConfigError:
+    """The error where no parameter of the whole model is trained."""
+    return ConfigError(
+        "No parameter is left to train.",
+        got=f"training.trainable={list(config.training.trainable)}, frozen: {list(frozen_patterns(config))}",
+        expected="at least one parameter that matches the first and none of the second",
+        todo="take a pattern out of training.frozen, or choose others in training.trainable",
+    )
 
 
 def frozen_patterns(config: RunConfig) -> tuple[str, ...]:

@@ -56,7 +56,7 @@ class Layout(NamedTuple):
 
 
 LAYOUTS = {
-    "dp4": Layout(4, ()),
+    "dp2": Layout(2, ()),
     "ep2": Layout(2, (EP2,), per_node=1),
     "etp2": Layout(2, (ETP2,)),
     "tp2": Layout(2, (TP2,)),
@@ -67,6 +67,7 @@ LAYOUTS = {
     "pp2": Layout(2, (PP2,), recomputes=True),
     "pp2-ep2": Layout(4, (PP2, EP2), per_node=1),
 }
+THOROUGH = ("cp2-ep4",)
 
 
 class Case(NamedTuple):
@@ -106,8 +107,7 @@ def train_all(cases: list[Case], overrides: tuple[str, ...], per_node: int) -> l
 @functools.cache
 def runs_of(name: str) -> dict[Case, ParityRun]:
     layout = LAYOUTS[name]
-    overrides = layout.overrides if PP2 in layout.overrides else (*layout.overrides, *EXACT)
-    cases = cases_of(layout.recomputes)
+    cases, overrides = cases_of(layout.recomputes), (*layout.overrides, *EXACT)
     runs = run_ranks(train_all, layout.ranks, cases, overrides, layout.per_node, timeout=LIMIT)[0]
     return dict(zip(cases, runs, strict=True))
 
@@ -143,14 +143,14 @@ def references() -> References:
 @pytest.mark.parametrize(
     "name, case",
     [
-        pytest.param(name, case, id="-".join((name, case.loss, case.recompute)))
+        pytest.param(name, case, id="-".join((name, *case)), marks=pytest.mark.thorough if name in THOROUGH else ())
         for name, layout in LAYOUTS.items()
         for case in cases_of(layout.recomputes)
     ],
 )
 def test_layouts_change_nothing(name: str, case: Case) -> None:
     runs = references().by_micro_batch if LAYOUTS[name].per_node else references().together
-    parity.compare(runs_of(name)[case], runs[case.loss], parity.Tolerance() if "pp" in name else TOLERANCE)
+    parity.compare(runs_of(name)[case], runs[case.loss], TOLERANCE)
 
 
 @pytest.mark.parametrize("case", cases_of(recomputes=True)[1:], ids="-".join)

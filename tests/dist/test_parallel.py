@@ -9,7 +9,10 @@ from __future__ import annotations
 import functools
 
 import pytest
+import torch
 
+from megamoe.config.run import RunConfig
+from megamoe.data.batch import IGNORED, PADDING, Batch
 from megamoe.testing import parity
 from megamoe.testing.configs import tiny_config
 from megamoe.testing.ranks import run_ranks
@@ -107,6 +110,30 @@ def test_zero_stages_equal_one_process(layout: str) -> None:
 @pytest.mark.parametrize("router", ROUTERS)
 def test_routers_decide_on_the_whole_micro_batch(router: str, layout: str) -> None:
     parity.compare(run(layout, *ROUTERS[router], *FP64), reference(*ROUTERS[router], *FP64), parity.EXACT)
+
+
+def packed(config: RunConfig, step: int, micro_batch: int) -> Batch:
+    """Two documents and padding per sequence, of other lengths in every micro-batch; the first one is not learnt."""
+    tokens_BS, labels_BS = parity.random_tokens(config, step, micro_batch)[:2]
+    documents_BS = torch.full_like(tokens_BS, PADDING)
+    documents_BS[:, : 7 + 3 * micro_batch], documents_BS[:, 7 + 3 * micro_batch : 14 + 5 * micro_batch] = 0, 1
+    labels_BS = labels_BS.masked_fill(documents_BS < 1, IGNORED)
+    return Batch(tokens_BS, labels_BS, documents_BS, targets=25.0)
+
+
+def train_packed(overrides: tuple[str, ...]) -> parity.ParityRun:
+    return parity.train_steps(tiny_config(*overrides), STEPS, packed)
+
+
+@pytest.mark.parametrize("layout", ["2 ep2 zero_stage0", "2 tp2 ep2 zero_stage0"])
+@pytest.mark.parametrize("router", ["hash", "balanced", "following"])
+def test_padding_differs_between_micro_batches(router: str, layout: str) -> None:
+    """A capacity is a share of the micro-batch with its padding, or ranks would not agree on the size of an exchange."""
+    settings = (*ROUTERS[router], "moe.capacity.mode=static", *FP64)
+    one = run_ranks(train_packed, 1, ("parallel.zero_stage=0", *settings))[0]
+    ranks, *fields = layout.split()
+    overrides = (f"parallel.{field[:-1]}={field[-1]}" for field in fields)
+    parity.compare(run_ranks(train_packed, int(ranks), (*overrides, *settings))[0], one, parity.EXACT)
 
 
 @pytest.mark.parametrize("recompute", [pytest.param("full", marks=THOROUGH), "attention", "moe"])

@@ -55,6 +55,10 @@ class Rows(NamedTuple):
         """Values [T, ...] of the input's rows to those of all rows of the micro-batch."""
         return rows if self.spread is None else self.spread.whole(rows)
 
+    def own(self, rows: Tensor) -> Tensor:
+        """Of values [T, ...] of all rows of the micro-batch those of the input's rows that are not padding."""
+        return rows if self.spread is None else rows[self.spread.own(rows.device)[0]]
+
     def share(self) -> float:
         """Part of a sum over the whole micro-batch that one of its ranks counts, so that their sum is right."""
         return 1.0 if self.spread is None else 1.0 / self.spread.axis.size

@@ -21,4 +21,4 @@ class FixedRouter(Router):
         weights_TK = rows_TD.new_full(expert_ids_TK.shape, 1.0 / self.top_k, dtype=dtype)
         logits_TE = rows_TD.new_zeros(len(expert_ids_TK), self.num_experts, dtype=dtype)
         outcome = Outcome(logits_TE, None, losses={}, observations={}, metrics={})
-        return self.make_plan(Choice(expert_ids_TK, weights_TK, weights_TK), outcome, Rows(spread=about.spread))
+        return self.make_plan(Choice(expert_ids_TK, weights_TK, weights_TK), outcome, about)

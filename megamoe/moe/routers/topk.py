@@ -58,7 +58,9 @@ class TopKRouter(LinearRouter):
             logits_TE,
             probs_TE,
             losses=auxiliary_losses(self.config, probs_TE, logits_TE, chosen_E),
-            observations={"chosen_per_expert": chosen_E.float() * about.share()} if rate else {},
+            observations={"chosen_per_expert": count(about.own(expert_ids_TK), self.num_experts).float()}
+            if rate
+            else {},
             metrics=self.describe(probs_TE),
         )
         return self.make_plan(Choice(expert_ids_TK, weights_TK, chosen_TK), outcome, about)

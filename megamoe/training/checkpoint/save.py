@@ -64,13 +64,15 @@ def topology_of(config: RunConfig) -> dict[str, Any]:
     """What has to be equal for DeepSpeed's own files to be loaded."""
     parallel, training = config.parallel.model_dump(), config.training
     patterns = {"trainable": list(training.trainable), "frozen": list(frozen_patterns(config))}
+    offload = {name: parallel.pop(name) for name in ("offload_optimizer", "offload_parameters")}
     return {
         "world_size": collectives.world_size(),
         **parallel,
         "precision": training.precision,
         "optimizer": training.optimizer.type,
-        # Checkpoints from before there was a choice name none: everything is trained there.
+        # Checkpoints from before there was a choice name none: everything is trained there, nothing offloaded.
         **{name: value for name, value in patterns.items() if value not in (["*"], [])},
+        **{name: value for name, value in offload.items() if value},
     }
 
 
@@ -90,11 +92,17 @@ def _prepare(target: Path, config: RunConfig, vocab_size: int) -> None:
 
 
 def _estimate_bytes(config: RunConfig, vocab_size: int) -> int:
-    """Our fp32 weights, the engine's weights, its fp32 masters and two moments; experts once, dense once."""
-    total = derive.parameter_counts(config, vocab_size)["total"].total
+    """Our fp32 weights, the engine's weights, its fp32 masters and two moments. Once, but the states of ZeRO 0, which
+    every rank writes."""
+    counts, ranks = derive.parameter_counts(config, vocab_size), collectives.world_size()
+    experts, total = counts["experts"].total, counts["total"].total
     width = WIDTH[config.training.precision]
     states = 12 if width <= FP32 else 2 * width  # fp64 has no masters besides its weights
-    return total * (FP32 + width + states)
+    copies = (1, 1)
+    if config.parallel.zero_stage == 0:
+        dense = derive.data_parallel_size(config, ranks) * config.parallel.cp
+        copies = (dense, derive.expert_data_parallel_size(config, ranks))
+    return total * (FP32 + width) + states * ((total - experts) * copies[0] + experts * copies[1])
 
 
 def _write(engine: Engine, target: Path, config: RunConfig, tokenizer: Path) -> dict[str, folders.FileEntry]:

@@ -146,3 +146,16 @@ def test_a_checkpoint_of_another_selection_is_refused(saved: tuple[str, ...], no
     check(Path("x"), manifest(written), {}, written, "")
     with pytest.raises(CheckpointError, match="trained parameters"):
         check(Path("x"), manifest(written), {}, wanted, "")
+
+
+def test_checkpoints_from_before_there_was_offloading_go_on() -> None:
+    assert not {name for name in topology_of(tiny_config()) if name.startswith("offload")}
+    assert topology_of(tiny_config("parallel.offload_optimizer=true"))["offload_optimizer"] is True
+
+
+def test_of_a_part_only_the_whole_can_tell_that_nothing_is_left() -> None:
+    config = tiny_config('training.trainable=["head.*"]', "model.tie_embeddings=false")
+    model = Decoder(config, 320)
+    names = [name for name, _ in model.named_parameters()]
+    del model.head
+    assert select_trainable(model, config, names).trained == 0
