@@ -26,7 +26,7 @@ LADDER = (
     "cp2-ep2",
 )
 """Every kind of parallelism alone and the ways in which they meet, on few ranks."""
-LARGE = ("etp2", "cp2", "cp2-tp2-ep4", "pp2-cp2-ep2", "pp2-etp2", "pp2-tp2-dp2-ep4")
+LARGE = ("etp2", "cp2", "cp2-etp2-ep2", "cp2-tp2-ep4", "pp2-cp2-ep2", "pp2-etp2", "pp2-tp2-dp2-ep4")
 """Besides, where time does not matter."""
 RULES = """\
 A layout is named by its degrees, in any order: tp2-ep4-pp2. Axes: dp, tp, pp, cp, ep, etp, edp; those left out are 1,
