@@ -82,7 +82,7 @@ def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
 def _batch(config: RunConfig, world_size: int) -> dict[str, Any]:
     training = config.training
     # Always written: DeepSpeed clips to 1.0 where the key is absent. 0.0 at stage 0, because there DeepSpeed
-    # clips each rank by the norm of its own experts and replicas drift apart; the adapter clips instead.
+    # clips by a norm that knows the experts of one rank only; the adapter clips instead.
     clipping = training.gradient_clipping if config.parallel.zero_stage > 0 else 0.0
     # DeepSpeed is not told that cp ranks share their sequences (it would refuse experts at ZeRO-3): to it they are
     # data-parallel ranks like others, and it wants micro-batch x accumulation x all of those.

@@ -223,4 +223,6 @@ def replicated(model: nn.Module) -> list[nn.Parameter]:
 
 def own_positions(values_BS: Tensor, cp: Axis) -> Tensor:
     """Those of the sequence's positions that this rank has, [B, S/P]."""
+    if values_BS.shape[1] % cp.size:
+        raise ValueError(f"{values_BS.shape[1]} positions do not divide over {cp.size} context-parallel ranks")
     return values_BS.chunk(cp.size, dim=1)[cp.rank].contiguous() if cp.size > 1 else values_BS

@@ -42,7 +42,7 @@ def with_gradient_share(loss: Tensor, share: float) -> Tensor:
 def locality_loss(probs_TE: Tensor, local_E: Tensor, smoothing: float) -> Tensor:
     """KL(D_c || D_l), 0 iff equal (LocMoE, arXiv 2401.13920).
 
-    D_c: mean gate probability of each expert over this rank's rows. D_l: all on the experts of this node. Ours:
+    D_c: mean gate probability of each expert over the rows given. D_l: all on the experts of this node. Ours:
     strictly that KL is infinite, so experts elsewhere share epsilon = smoothing * (1 - n_local / E) of D_l.
 
     Args:

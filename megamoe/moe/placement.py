@@ -15,7 +15,7 @@ class ExpertParallel(NamedTuple):
     rank: int = 0
     group: ProcessGroup | None = None
     node: tuple[int, ...] | None = None
-    """Places in the group that are on this rank's node; None: all of them."""
+    """Places in the group that are on the node of this rank's micro-batch; None: all of them."""
     etp: Axis = Axis()
     """Ranks that hold parts of the same experts, and different tokens."""
     tokens: Axis = Axis()

@@ -235,8 +235,8 @@ class Engine:
         self._engine.destroy()
 
     def _clip(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        # DeepSpeed's ZeRO-0 clips every rank by the norm of its own experts, so replicas drift apart; its clipping is
-        # off there (config/deepspeed) and ours runs right before the optimizer's step.
+        # DeepSpeed's ZeRO-0 clips by a norm that does not add up the experts of other ranks; its clipping is off there
+        # (config/deepspeed) and ours runs right before the optimizer's step.
         self._clipped_norm = clip_gradients(
             self._engine.module.parameters(), self.config.training.gradient_clipping, self.groups
         )

@@ -76,9 +76,14 @@ def _naming_lost_peers() -> Iterator[None]:
 
 
 def placement(groups: Groups) -> Placement:
-    """This rank's place in its pipeline stage. Nodes hold equally many consecutive ranks, as launchers place them."""
+    """This rank's place in its pipeline stage. Nodes hold equally many consecutive ranks, as launchers place them.
+
+    Where a micro-batch is spread over nodes, the node of its first rank is its own: what routers know about nodes is
+    the same on all of its ranks, and so is what they learn from it.
+    """
     per_node, ep = env.local_world_size(), groups.ep
-    node = tuple(place for place, rank in enumerate(ep.ranks) if rank // per_node == groups.rank // per_node)
+    home = groups.micro_batch.ranks[0] // per_node
+    node = tuple(place for place, rank in enumerate(ep.ranks) if rank // per_node == home)
     etp, tokens = axis_of(groups.etp), axis_of(groups.micro_batch)
     experts = ExpertParallel(ep.size, ep.place, ep.handle, node, etp, tokens)
     return Placement(experts, axis_of(groups.tp), axis_of(groups.cp))
