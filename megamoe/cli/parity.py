@@ -37,7 +37,8 @@ input.
 
 Bounds. fp32: 1e-6 for losses, 1e-5 for auxiliary losses, norms and gradients, 5e-5 for weights, moments and statistics,
 these relative to the tensor's largest magnitude. fp64: 1e-13. bf16: twice what one process in bf16 differs from fp32
-by, and no less than the bounds of fp32; tokens that go elsewhere are counted only, as they do on one process, too.
+by (the largest of its runs at ZeRO 1, 2 and 3), and no less than the bounds of fp32; tokens that go elsewhere are
+counted only, as they do on one process, too.
 """
 CHOICES = {
     "--zero": ("0", "1", "2", "3"),

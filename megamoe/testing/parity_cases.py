@@ -38,7 +38,7 @@ class Setting(NamedTuple):
         return (
             f"moe.router.type={self.router}",
             f"moe.capacity.mode={self.capacity}",
-            f"training.precision={self.precision}",
+            f"training.precision={self.precision.split()[0]}",
         )
 
 
@@ -100,7 +100,7 @@ def make_plan(wanted: Wanted) -> Plan:
         for layout, stage, setting in product(wanted.layouts, wanted.zero_stages, wanted.settings)
     ]
     needed = {case.setting for case in cases if case.config is not None}
-    needed |= {in_fp32(setting) for setting in needed if setting.precision == "bf16"}
+    needed |= {each for setting in needed for each in (*one_process_of(setting), in_fp32(setting))}
     return Plan(cases, {setting: config for setting, config in references.items() if setting in needed}, wanted.steps)
 
 
@@ -109,14 +109,24 @@ def in_fp32(setting: Setting) -> Setting:
     return setting._replace(precision="fp32")
 
 
+BF16 = ("bf16", "bf16 at zero 2", "bf16 at zero 3")
+"""One process three times, whose sums are rounded in other places: how far it is from fp32 is a matter of chance, since
+rounding decides which tokens go elsewhere."""
+
+
+def one_process_of(setting: Setting) -> list[Setting]:
+    """The one process of a setting; in bf16 there are three."""
+    return [setting._replace(precision=each) for each in BF16] if setting.precision == "bf16" else [setting]
+
+
 def _references(wanted: Wanted) -> tuple[dict[Setting, RunConfig], dict[Setting, str]]:
     """One process for every setting, and the reasons of those that are refused."""
     configs: dict[Setting, RunConfig] = {}
     refusals: dict[Setting, str] = {}
     errors: list[MegamoeError] = []
-    settings = dict.fromkeys(each for setting in wanted.settings for each in (in_fp32(setting), setting))
-    for setting in settings:
-        stage = 1 if setting.precision == "bf16" else 0
+    settings = (each for setting in wanted.settings for each in (in_fp32(setting), *one_process_of(setting)))
+    for setting in dict.fromkeys(settings):
+        stage = BF16.index(setting.precision) + 1 if setting.precision in BF16 else 0
         alone = (*_degrees(), f"parallel.zero_stage={stage}", "parallel.offload_optimizer=false")
         try:
             configs[setting] = wanted.config(*setting.words, *alone, "parallel.offload_parameters=false")

@@ -13,7 +13,16 @@ from megamoe.common.errors import ConfigError, TopologyError
 from megamoe.config.rules import check_world_size
 from megamoe.testing import parity
 from megamoe.testing.parity import Error, Flip, ParityRun, Tolerance
-from megamoe.testing.parity_cases import Case, Plan, Setting, Wanted, list_settings, make_plan, small_model
+from megamoe.testing.parity_cases import (
+    Case,
+    Plan,
+    Setting,
+    Wanted,
+    list_settings,
+    make_plan,
+    one_process_of,
+    small_model,
+)
 from megamoe.testing.parity_judge import Finding, Measurement, Outcome, bounds_of, judge, measurement_of, worst_of
 from megamoe.testing.parity_record import cut_margins
 from megamoe.testing.parity_report import remarks, summary, table
@@ -120,14 +129,15 @@ def test_what_the_configuration_refuses_is_not_run() -> None:
     assert refused[0, bf16].startswith("parallel.zero_stage: stage 0 accumulates bf16")
     assert "resonance" in refused[0, etr]
     assert "parallel.zero_stage=0" not in refused[0, bf16]
-    assert made.references.keys() == {FP32, bf16}
+    assert made.references.keys() == {FP32, *one_process_of(bf16)}
 
 
 def test_references_are_one_process() -> None:
     bf16 = FP32._replace(precision="bf16")
     made = plan("tp2-ep4-pp2", "dp2", settings=(bf16,), overrides=["parallel.offload_optimizer=true"])
     assert made.references[FP32].parallel.zero_stage == 0
-    assert made.references[bf16].parallel.zero_stage == 1
+    assert [made.references[each].parallel.zero_stage for each in one_process_of(bf16)] == [1, 2, 3]
+    assert all(made.references[each].training.precision == "bf16" for each in one_process_of(bf16))
     for config in made.references.values():
         parallel = config.parallel
         assert (parallel.tp, parallel.pp, parallel.ep, parallel.etp, parallel.cp) == (1, 1, 1, 1, 1)
