@@ -274,9 +274,9 @@ def other_seed(config: RunConfig) -> Any:
     "ranks, overrides",
     [
         pytest.param(2, (*layout(2), ZERO_1), id="pp2"),
-        pytest.param(2, (*layout(2), ZERO_0, UNTIED), id="pp2-zero0"),
+        pytest.param(2, (*layout(2), ZERO_0, UNTIED), id="pp2-zero0", marks=THOROUGH),
         pytest.param(4, (*layout(2, 2), ZERO_1, "training.precision=bf16", *FOLLOWING), id="pp2-ep2-bf16"),
-        pytest.param(4, (*layout(2, 2), "parallel.tp=2", ZERO_1), id="pp2-tp2-ep2"),
+        pytest.param(4, (*layout(2, 2), "parallel.tp=2", ZERO_1), id="pp2-tp2-ep2", marks=THOROUGH),
     ],
 )
 def test_goes_on_where_it_stopped(tmp_path: Path, ranks: int, overrides: tuple[str, ...]) -> None:

@@ -19,6 +19,7 @@ from megamoe.testing.runs import prepared_run
 from megamoe.training.checkpoint import folder as folders
 from megamoe.training.pretrain import pretrain
 
+THOROUGH = pytest.mark.thorough
 LAYOUTS = [
     pytest.param(1, 1, 0, (), id="one_rank"),
     pytest.param(2, 2, 0, (), id="ep2_zero0"),
@@ -37,12 +38,12 @@ LAYOUTS = [
     pytest.param(2, 1, 3, (), id="edp2_zero3"),
     pytest.param(4, 2, 3, ("moe.router.type=resonance",), id="ep2_edp2_zero3"),
     pytest.param(2, 1, 0, ("parallel.tp=2",), id="tp2_zero0"),
-    pytest.param(2, 2, 1, ("parallel.tp=2", "training.precision=bf16"), id="tp2_ep2_zero1_bf16"),
+    pytest.param(2, 2, 1, ("parallel.tp=2", "training.precision=bf16"), id="tp2_ep2_zero1_bf16", marks=THOROUGH),
     pytest.param(
         2, 1, 3, ("parallel.tp=2", "moe.router.type=resonance", "training.frozen=[embedding*]"), id="tp2_zero3"
     ),
     pytest.param(4, 2, 2, ("parallel.tp=2", "parallel.etp=2", "moe.capacity.mode=static"), id="tp2_ep2_etp2_zero2"),
-    pytest.param(2, 2, 1, ("parallel.cp=2", "moe.router.type=resonance"), id="cp2_ep2_zero1"),
+    pytest.param(2, 2, 1, ("parallel.cp=2", "moe.router.type=resonance"), id="cp2_ep2_zero1", marks=THOROUGH),
     pytest.param(2, 2, 1, ("training.optimizer.type=muon", "training.gradient_clipping=0.0"), id="ep2_zero1_muon"),
 ]
 IGNORED = (
