@@ -12,7 +12,7 @@ import time
 import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from statistics import fmean, median
 from typing import Any
@@ -22,6 +22,7 @@ from megamoe.bench.conditions import conditions
 from megamoe.bench.quiet import wait_for_quiet
 from megamoe.bench.report import as_table, closing, in_words, target
 from megamoe.bench.rounds import in_turns, ratios, spread
+from megamoe.bench.train import TrainSettings
 from megamoe.common.errors import TopologyError
 from megamoe.common.log import setup_logging
 from megamoe.config import derive
@@ -33,7 +34,7 @@ from megamoe.model.initialise import initialise
 from megamoe.parallel.collectives import barrier
 from megamoe.parallel.topology import Topology
 from megamoe.testing.parity import random_tokens
-from megamoe.testing.parity_topologies import parse
+from megamoe.testing.parity_topologies import degree_words, parse
 from megamoe.testing.ranks import run_ranks
 from megamoe.testing.traffic import Traffic, replay
 from megamoe.training.job import build_engine
@@ -48,18 +49,6 @@ LOAD = ("ep", "etp")
 
 Place = tuple[str, str]
 """Axis and kind of operation."""
-
-
-@dataclass(frozen=True)
-class ParallelSettings:
-    """One run of the benchmark: each layout trains `steps` optimizer steps per turn, after `warmup` untimed ones."""
-
-    ranks: int = 2
-    steps: int = 4
-    rounds: int = 10
-    warmup: int = 1
-    keep_freed_memory: bool = False
-    patience: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -101,12 +90,11 @@ def _filled(name: str, ranks: int) -> Topology:
             expected=f"a multiple of {topology.world_size} ranks",
             todo="change --ranks or --layouts",
         )
-    return Topology(ranks, tp=topology.tp, pp=topology.pp, ep=topology.ep, etp=topology.etp, cp=topology.cp)
+    return replace(topology, world_size=ranks)
 
 
 def _config(files: Sequence[str], overrides: Sequence[str], topology: Topology) -> RunConfig:
-    degrees = [f"parallel.{axis}={getattr(topology, axis)}" for axis in ("tp", "pp", "ep", "etp", "cp")]
-    words = [*overrides, *degrees, "parallel.zero_stage=1"]
+    words = [*overrides, *degree_words(topology), "parallel.zero_stage=1"]
     config = load_config(files, words)
     larger = config.training.micro_batch_size * topology.tp * topology.cp
     if config.training.global_batch_size % (larger * topology.dp) == 0:
@@ -115,7 +103,7 @@ def _config(files: Sequence[str], overrides: Sequence[str], topology: Topology) 
     return config
 
 
-def bench_parallel(configs: dict[str, RunConfig], settings: ParallelSettings, note: str = "") -> dict[str, Any]:
+def bench_parallel(configs: dict[str, RunConfig], settings: TrainSettings, note: str = "") -> dict[str, Any]:
     """Train on random tokens, the layouts in turns.
 
     Args:
@@ -151,7 +139,7 @@ def bench_parallel(configs: dict[str, RunConfig], settings: ParallelSettings, no
     }
 
 
-def _turn(config: RunConfig, settings: ParallelSettings) -> Turn:
+def _turn(config: RunConfig, settings: TrainSettings) -> Turn:
     """On every rank: a new engine, untimed steps, one that is counted, those that are timed, and messages alone."""
     warnings.simplefilter("ignore")
     setup_logging(level=logging.WARNING)

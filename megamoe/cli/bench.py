@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from megamoe.bench.train import TrainSettings
 
 SUMMARY = "measure against other implementations"
 
@@ -34,31 +37,23 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     router.add_argument("--dtype", default="fp32,bf16", help="comma-separated (default: %(default)s)")
     router.add_argument("--only", default="", metavar="NAMES", help="comma-separated names of routers (default: all)")
     train = kinds.add_parser("train", help="training steps against the same model with deepspeed.moe.MoE layers")
-    train.add_argument(
-        "--config",
-        nargs="+",
-        default=["configs/tiny.yaml"],
-        metavar="FILE|KEY=VALUE",
-        help="files, then overrides (default: configs/tiny.yaml)",
-    )
-    train.add_argument("--ranks", type=int, default=2, help="processes (default: %(default)s)")
-    train.add_argument("--steps", type=int, default=4, help="optimizer steps per turn (default: %(default)s)")
     parallel = kinds.add_parser("parallel", help="layouts of the ranks against plain data parallelism, with bytes sent")
-    parallel.add_argument(
-        "--config",
-        nargs="+",
-        default=["configs/tiny.yaml"],
-        metavar="FILE|KEY=VALUE",
-        help="files, then overrides; degrees and ZeRO stage are set by the layouts (default: configs/tiny.yaml)",
-    )
-    parallel.add_argument("--ranks", type=int, default=2, help="processes (default: %(default)s)")
     parallel.add_argument(
         "--layouts",
         default="",
         metavar="NAMES",
         help="comma-separated names as in tp2-ep2; dp fills the ranks (default: tp2-ep2, and ep over all ranks)",
     )
-    parallel.add_argument("--steps", type=int, default=4, help="optimizer steps per turn (default: %(default)s)")
+    for kind, how in ((train, ""), (parallel, "; degrees and ZeRO stage are set by the layouts")):
+        kind.add_argument(
+            "--config",
+            nargs="+",
+            default=["configs/tiny.yaml"],
+            metavar="FILE|KEY=VALUE",
+            help=f"files, then overrides{how} (default: configs/tiny.yaml)",
+        )
+        kind.add_argument("--ranks", type=int, default=2, help="processes (default: %(default)s)")
+        kind.add_argument("--steps", type=int, default=4, help="optimizer steps per turn (default: %(default)s)")
     for kind, rounds in ((layer, 15), (router, 31), (train, 10), (parallel, 10)):
         kind.add_argument("--repeats", type=int, default=rounds, help="rounds (default: %(default)s)")
         kind.add_argument("--out", type=Path, metavar="FILE.json", help="write the report there, and FILE.md beside it")
@@ -126,38 +121,37 @@ def _router(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
 
 def _train(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    from megamoe.bench.train import TrainSettings, bench_train, markdown
+    from megamoe.bench.train import bench_train, markdown
     from megamoe.cli.check import split
     from megamoe.config.load import load_config
     from megamoe.config.rules import check_world_size
 
     config = load_config(*split(args.config))
     check_world_size(config, args.ranks)
-    settings = TrainSettings(
-        ranks=args.ranks,
-        steps=args.steps,
-        rounds=args.repeats,
-        keep_freed_memory=args.keep_freed_memory,
-        patience=args.patience,
-    )
-    report = bench_train(config, settings, args.note)
+    report = bench_train(config, _training_settings(args), args.note)
     return report, markdown(report)
 
 
 def _parallel(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    from megamoe.bench.parallel import ParallelSettings, bench_parallel, layout_configs, markdown
+    from megamoe.bench.parallel import bench_parallel, layout_configs, markdown
     from megamoe.cli.check import split
 
     layouts = _names(args.layouts) or ("tp2-ep2", f"ep{args.ranks}")
-    settings = ParallelSettings(
+    configs = layout_configs(*split(args.config), layouts, args.ranks)
+    report = bench_parallel(configs, _training_settings(args), args.note)
+    return report, markdown(report)
+
+
+def _training_settings(args: argparse.Namespace) -> TrainSettings:
+    from megamoe.bench.train import TrainSettings
+
+    return TrainSettings(
         ranks=args.ranks,
         steps=args.steps,
         rounds=args.repeats,
         keep_freed_memory=args.keep_freed_memory,
         patience=args.patience,
     )
-    report = bench_parallel(layout_configs(*split(args.config), layouts, args.ranks), settings, args.note)
-    return report, markdown(report)
 
 
 _KINDS = {"layer": _layer, "router": _router, "train": _train, "parallel": _parallel}

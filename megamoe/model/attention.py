@@ -13,7 +13,6 @@ from megamoe.ops.precision import at_least_fp32
 from megamoe.parallel.axis import SINGLE, Axis
 from megamoe.parallel.linear import ColumnParallelLinear, RowParallelLinear
 from megamoe.parallel.regions import gather_sequence, reduce_scatter_sequence
-from megamoe.parallel.shards import mark
 
 
 class KeyValueCache:
@@ -65,9 +64,6 @@ class Attention(nn.Module):
         self.wk = ColumnParallelLinear(hidden_size, num_kv_heads * head_size, kv_tp)
         self.wv = ColumnParallelLinear(hidden_size, num_kv_heads * head_size, kv_tp)
         self.wo = RowParallelLinear(num_heads * head_size, hidden_size, tp)
-        if self.kv_head is not None:
-            for parameter in (*self.wk.parameters(), *self.wv.parameters()):
-                mark(parameter)
 
     def forward(self, x_BSD: Tensor, cache: KeyValueCache | None = None, mask_B1SS: Tensor | None = None) -> Tensor:
         """[B, S, D] to [B, S, D], of this rank's positions. With a cache, these follow those already in it.

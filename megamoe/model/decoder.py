@@ -60,7 +60,8 @@ class Head(nn.Module):
 
     def __init__(self, vocab_size: int, hidden_size: int, chunk_size: int, tp: Axis = SINGLE) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(share(vocab_size, tp, "vocabulary entries"), hidden_size))
+        entries = share(vocab_size, tp, f"{vocab_size} vocabulary entries")
+        self.weight = nn.Parameter(torch.empty(entries, hidden_size))
         mark_part(self.weight, 0, tp)
         self.chunk_size, self.tp = chunk_size, tp
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from megamoe.common.errors import TopologyError
-from megamoe.moe.placement import ALONE
 from megamoe.ops.expert_ffn import EXPERT_FFN
-from megamoe.parallel.axis import Axis
+from megamoe.parallel.axis import SINGLE, Axis
+from megamoe.parallel.linear import share
 from megamoe.parallel.shards import Shard, mark
 
 
@@ -26,17 +25,10 @@ class Experts(nn.Module):
     """
 
     def __init__(
-        self, num_local: int, hidden_size: int, ffn_size: int, implementation: str = "auto", etp: Axis = ALONE.etp
+        self, num_local: int, hidden_size: int, ffn_size: int, implementation: str = "auto", etp: Axis = SINGLE
     ) -> None:
         super().__init__()
-        if ffn_size % etp.size:
-            raise TopologyError(
-                f"experts of width {ffn_size} cannot be cut into {etp.size} equal parts",
-                got=f"{ffn_size} % {etp.size} = {ffn_size % etp.size}",
-                expected=f"a multiple of {etp.size}",
-                todo="change moe.expert_ffn_size or parallel.etp",
-            )
-        part = ffn_size // etp.size
+        part = share(ffn_size, etp, f"experts of width {ffn_size}", "moe.expert_ffn_size or parallel.etp")
         self.w1 = nn.Parameter(torch.empty(num_local, part, hidden_size))
         self.w2 = nn.Parameter(torch.empty(num_local, hidden_size, part))
         self.w3 = nn.Parameter(torch.empty(num_local, part, hidden_size))

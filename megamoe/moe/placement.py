@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from megamoe.parallel.axis import Axis
+from megamoe.parallel.axis import SINGLE, Axis
 from megamoe.parallel.groups import ProcessGroup
 
 
@@ -16,9 +16,9 @@ class ExpertParallel(NamedTuple):
     group: ProcessGroup | None = None
     node: tuple[int, ...] | None = None
     """Places in the group that are on the node of this rank's micro-batch; None: all of them."""
-    etp: Axis = Axis()
+    etp: Axis = SINGLE
     """Ranks that hold parts of the same experts, and different tokens."""
-    tokens: Axis = Axis()
+    tokens: Axis = SINGLE
     """Ranks over which the tokens of one micro-batch are spread, in the order of their positions."""
 
     def on_node(self, num_experts: int) -> list[bool]:
@@ -31,8 +31,8 @@ class Placement(NamedTuple):
     """This rank's place on every axis that a model is spread over inside one pipeline stage."""
 
     experts: ExpertParallel = ExpertParallel()
-    tp: Axis = Axis()
-    cp: Axis = Axis()
+    tp: Axis = SINGLE
+    cp: Axis = SINGLE
 
     def axes(self) -> dict[str, Axis]:
         """The axes along which parameters are cut, by name."""

@@ -17,7 +17,7 @@ class ColumnParallelLinear(nn.Linear):
     """
 
     def __init__(self, in_features: int, out_features: int, tp: Axis) -> None:
-        super().__init__(in_features, share(out_features, tp, "output features"), bias=False)
+        super().__init__(in_features, share(out_features, tp, f"{out_features} output features"), bias=False)
         mark_part(self.weight, 0, tp)
 
 
@@ -29,24 +29,28 @@ class RowParallelLinear(nn.Linear):
     """
 
     def __init__(self, in_features: int, out_features: int, tp: Axis) -> None:
-        super().__init__(share(in_features, tp, "input features"), out_features, bias=False)
+        super().__init__(share(in_features, tp, f"{in_features} input features"), out_features, bias=False)
         mark_part(self.weight, 1, tp)
 
 
-def share(whole: int, tp: Axis, what: str) -> int:
+def share(whole: int, axis: Axis, what: str, change: str = "the size or parallel.tp") -> int:
     """How many of `whole` things one rank holds.
+
+    Args:
+        what: all of them together, for the error.
+        change: what to change where it does not fit.
 
     Raises:
         TopologyError: where the ranks cannot hold equally many.
     """
-    if whole % tp.size:
+    if whole % axis.size:
         raise TopologyError(
-            f"{whole} {what} cannot be cut into {tp.size} equal parts",
-            got=f"{whole} % {tp.size} = {whole % tp.size}",
-            expected=f"a multiple of {tp.size}",
-            todo="change the size or parallel.tp",
+            f"{what} cannot be cut into {axis.size} equal parts",
+            got=f"{whole} % {axis.size} = {whole % axis.size}",
+            expected=f"a multiple of {axis.size}",
+            todo=f"change {change}",
         )
-    return whole // tp.size
+    return whole // axis.size
 
 
 def mark_part(parameter: Tensor, dim: int, tp: Axis) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from megamoe.parallel import collectives
-from megamoe.parallel.axis import Axis
+from megamoe.parallel.axis import SINGLE, Axis
 from megamoe.parallel.groups import Groups, RankGroup
 
 
@@ -44,7 +44,7 @@ def whole(part: Tensor, shards: tuple[Shard, ...], groups: Groups) -> Tensor:
 def part(tensor: Tensor, shards: tuple[Shard, ...], axes: Mapping[str, Axis]) -> Tensor:
     """The part of a whole tensor that belongs to the rank of these axes, a view."""
     for shard in shards:
-        axis = axes.get(shard.axis, Axis())
+        axis = axes.get(shard.axis, SINGLE)
         tensor = tensor.chunk(axis.size, dim=shard.dim)[axis.rank]
     return tensor
 
@@ -53,5 +53,5 @@ def whole_shape(parameter: Tensor, axes: Mapping[str, Axis]) -> torch.Size:
     """Shape of the whole that the parameter is a part of."""
     shape = list(parameter.shape)
     for shard in shards_of(parameter):
-        shape[shard.dim] *= axes.get(shard.axis, Axis()).size
+        shape[shard.dim] *= axes.get(shard.axis, SINGLE).size
     return torch.Size(shape)

@@ -25,7 +25,7 @@ class VocabParallelEmbedding(nn.Embedding):
     """
 
     def __init__(self, vocab_size: int, hidden: int, tp: Axis) -> None:
-        super().__init__(share(vocab_size, tp, "vocabulary entries"), hidden)
+        super().__init__(share(vocab_size, tp, f"{vocab_size} vocabulary entries"), hidden)
         self.tp = tp
         mark_part(self.weight, 0, tp)
 

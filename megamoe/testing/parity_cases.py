@@ -13,7 +13,8 @@ from megamoe.common.errors import ConfigError, MegamoeError
 from megamoe.config.load import load_config
 from megamoe.config.rules import check_world_size
 from megamoe.config.run import RunConfig
-from megamoe.testing.parity_topologies import Layout
+from megamoe.parallel.topology import Topology
+from megamoe.testing.parity_topologies import Layout, degree_words
 
 CONDITIONS = (
     # AdamW divides by the root of the second moment: with a tiny epsilon, rounding noise by rounding noise.
@@ -127,7 +128,7 @@ def _references(wanted: Wanted) -> tuple[dict[Setting, RunConfig], dict[Setting,
     settings = (each for setting in wanted.settings for each in (in_fp32(setting), *one_process_of(setting)))
     for setting in dict.fromkeys(settings):
         stage = BF16.index(setting.precision) + 1 if setting.precision in BF16 else 0
-        alone = (*_degrees(), f"parallel.zero_stage={stage}", "parallel.offload_optimizer=false")
+        alone = (*degree_words(Topology(1)), f"parallel.zero_stage={stage}", "parallel.offload_optimizer=false")
         try:
             configs[setting] = wanted.config(*setting.words, *alone, "parallel.offload_parameters=false")
         except MegamoeError as error:
@@ -141,18 +142,12 @@ def _references(wanted: Wanted) -> tuple[dict[Setting, RunConfig], dict[Setting,
 def _case(wanted: Wanted, layout: Layout, stage: int, setting: Setting, refusal: str) -> Case:
     if refusal:
         return Case(layout, stage, setting, None, refusal)
-    topology = layout.topology
-    degrees = _degrees(tp=topology.tp, pp=topology.pp, ep=topology.ep, etp=topology.etp, cp=topology.cp)
     try:
-        config = wanted.config(*setting.words, *degrees, f"parallel.zero_stage={stage}")
+        config = wanted.config(*setting.words, *degree_words(layout.topology), f"parallel.zero_stage={stage}")
         check_world_size(config, layout.ranks)
     except MegamoeError as error:
         return Case(layout, stage, setting, None, reason(error))
     return Case(layout, stage, setting, config)
-
-
-def _degrees(**degrees: int) -> tuple[str, ...]:
-    return tuple(f"parallel.{axis}={degrees.get(axis, 1)}" for axis in ("tp", "pp", "ep", "etp", "cp"))
 
 
 def reason(error: MegamoeError) -> str:

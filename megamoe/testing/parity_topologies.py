@@ -117,6 +117,11 @@ def name_of(topology: Topology) -> str:
     return "-".join(words)
 
 
+def degree_words(topology: Topology) -> tuple[str, ...]:
+    """The degrees as overrides of a configuration; dp and edp follow from the number of ranks."""
+    return tuple(f"parallel.{axis}={getattr(topology, axis)}" for axis in ("tp", "pp", "ep", "etp", "cp"))
+
+
 def filling(world_size: int, names: Iterable[str] = (*LADDER, *LARGE)) -> list[Layout]:
     """The ladder on exactly so many ranks: dp fills what a rung leaves; and ep over all of them."""
     found = [Topology(world_size), Topology(world_size, ep=world_size)]

@@ -126,6 +126,10 @@ class Engine:
     def _optimizer_step(self, lr_factor: float) -> float:
         set_lr(self.optimizer, lr_factor)
         self._engine.step()
+        return self._norm()
+
+    def _norm(self) -> float:
+        """The gradient norm of the last step."""
         norm = self._clipped_norm if self.config.parallel.zero_stage == 0 else self._engine.get_global_grad_norm()
         return float(norm) if norm is not None else float("nan")
 

@@ -78,8 +78,7 @@ class PipelineEngine(Engine):
         set_lr(self.optimizer, lr_factor)
         self._before_step = before_step
         self._engine.train_batch(self._feed(batches, observe))
-        norm = self._clipped_norm if self.config.parallel.zero_stage == 0 else self._engine.get_global_grad_norm()
-        return float(norm) if norm is not None else float("nan")
+        return self._norm()
 
     def evaluate(self, batch: Batch, *, each: bool = False) -> ModelOutput:
         """As in :class:`Engine`: this stage's part of the output, but the scores on every stage."""

@@ -10,12 +10,11 @@ from megamoe.moe.dispatch.broadcast import BroadcastDispatcher
 from megamoe.moe.dispatch.expert_tensor import ExpertTensorDispatcher
 from megamoe.moe.dispatch.local import LocalDispatcher
 from megamoe.moe.dispatch.padded import PaddedDispatcher
-from megamoe.moe.placement import ALONE
-from megamoe.parallel.axis import Axis
+from megamoe.parallel.axis import SINGLE, Axis
 
 
 def build_dispatcher(
-    name: str, group: dist.ProcessGroup | None, *, broadcasts: bool = False, etp: Axis = ALONE.etp
+    name: str, group: dist.ProcessGroup | None, *, broadcasts: bool = False, etp: Axis = SINGLE
 ) -> Dispatcher:
     """The dispatcher called `name` (`moe.dispatcher`) over an expert-parallel group; None is a group of this rank.
 

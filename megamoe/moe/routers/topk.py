@@ -53,17 +53,20 @@ class TopKRouter(LinearRouter):
             weights_TK = normalised(chosen_TK)
         probs_TE = scores_TE if self.config.score == "softmax" else normalised(scores_TE)
         chosen_E = count(expert_ids_TK, self.num_experts)
-        rate = self.config.bias_update_rate
         outcome = Outcome(
             logits_TE,
             probs_TE,
             losses=auxiliary_losses(self.config, probs_TE, logits_TE, chosen_E),
-            observations={"chosen_per_expert": count(about.own(expert_ids_TK), self.num_experts).float()}
-            if rate
-            else {},
+            observations=self._observe(expert_ids_TK, chosen_E, about),
             metrics=self.describe(probs_TE),
         )
         return self.make_plan(Choice(expert_ids_TK, weights_TK, chosen_TK), outcome, about)
+
+    def _observe(self, expert_ids_TK: Tensor, chosen_E: Tensor, about: Rows) -> dict[str, Tensor]:
+        if not self.config.bias_update_rate:
+            return {}
+        own_E = chosen_E if about.spread is None else count(about.own(expert_ids_TK), self.num_experts)
+        return {"chosen_per_expert": own_E.float()}
 
     def probabilities(self, logits_TE: Tensor) -> Tensor:
         return row_softmax(logits_TE) if self.config.score == "softmax" else normalised(logits_TE.sigmoid())

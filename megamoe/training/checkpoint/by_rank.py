@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from megamoe.moe.marker import is_expert
 from megamoe.parallel.groups import Groups
+from megamoe.training.checkpoint.weights import running_statistics
 
 LEFT_OUT = ("loss_scaler", "param_slice_mappings", "zero_stage")
 """Entries of DeepSpeed's optimizer states that are objects of its own, and the same in every optimizer of the run."""
@@ -48,18 +49,17 @@ def load_states(folder: Path, engine: Any, model: nn.Module, groups: Groups, zer
     Raises:
         OSError, RuntimeError, KeyError: a file or an entry is missing or does not fit.
     """
-    own = _read(folder, groups.rank)
+    own, dense = _read(folder, groups.rank), _read(folder, groups.replica.ranks[0])["model"]
     if zero_stage < 3:
-        dense, experts = (_read(folder, group.ranks[0])["model"] for group in (groups.replica, groups.edp))
+        experts = _read(folder, groups.edp.ranks[0])["model"]
         for name, parameter in model.named_parameters():
             parameter.copy_((experts if is_expert(parameter) else dense)[name])
     else:
         for name, parameter in model.named_parameters():
             if not parameter.requires_grad:
                 parameter.ds_tensor.copy_(own["model"][name])  # type: ignore[attr-defined]
-    statistics = _read(folder, groups.replica.ranks[0])["model"]
-    for name, buffer in _statistics(model).items():
-        buffer.copy_(statistics[name])
+    for name, buffer in running_statistics(model).items():
+        buffer.copy_(dense[name])
     optimizer, state = engine.optimizer, own["optimizer"]
     if zero_stage == 0:
         optimizer.load_state_dict(state)
@@ -81,7 +81,7 @@ class _Everywhere(list[Any]):
 
 def _held(model: nn.Module, groups: Groups, zero_stage: int) -> dict[str, Tensor]:
     """Weights that this rank writes for all that hold the same, and running statistics."""
-    held = _statistics(model) if groups.replica.place == 0 else {}
+    held = running_statistics(model) if groups.replica.place == 0 else {}
     for name, parameter in model.named_parameters():
         if zero_stage == 3:  # the rest follows from the master weights
             if not parameter.requires_grad:
@@ -89,11 +89,6 @@ def _held(model: nn.Module, groups: Groups, zero_stage: int) -> dict[str, Tensor
         elif (groups.edp if is_expert(parameter) else groups.replica).place == 0:
             held[name] = parameter
     return held
-
-
-def _statistics(model: nn.Module) -> dict[str, Tensor]:
-    kept = model.state_dict().keys()
-    return {name: buffer for name, buffer in model.named_buffers() if name in kept}
 
 
 def _file(folder: Path, rank: int) -> Path:

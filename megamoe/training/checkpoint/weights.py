@@ -49,13 +49,19 @@ def save_weights(
             mine[is_expert][name] = _portable(tensor)
     (folder / FOLDER).mkdir(parents=True, exist_ok=True)
     if dense:
-        statistics = {name: _portable(buffer) for name, buffer in model.state_dict().items() if _is_buffer(model, name)}
+        statistics = {name: _portable(buffer) for name, buffer in running_statistics(model).items()}
         torch.save(mine[False] | statistics, folder / FOLDER / f"dense{stage}.pt")
     if experts and mine[True]:
         layer = next(m for m in model.modules() if isinstance(m, MoELayer))
         first = layer.ep_rank * layer.num_local_experts
         last = first + layer.num_local_experts - 1
         torch.save(mine[True], folder / FOLDER / f"experts_{first:04d}_{last:04d}{stage}.pt")
+
+
+def running_statistics(model: nn.Module) -> dict[str, Tensor]:
+    """The buffers that belong into a checkpoint, by name."""
+    kept = model.state_dict().keys()
+    return {name: buffer for name, buffer in model.named_buffers() if name in kept}
 
 
 @torch.no_grad()
@@ -149,7 +155,3 @@ def _portable(tensor: Tensor) -> Tensor:
 
 def _expert_prefixes(model: nn.Module) -> set[str]:
     return {f"{name}.experts" for name, module in model.named_modules() if isinstance(module, MoELayer)}
-
-
-def _is_buffer(model: nn.Module, name: str) -> bool:
-    return name in dict(model.named_buffers())

@@ -5,7 +5,8 @@ import math
 
 import pytest
 
-from megamoe.bench.parallel import PLAIN, ParallelSettings, bench_parallel, layout_configs, markdown
+from megamoe.bench.parallel import PLAIN, bench_parallel, layout_configs, markdown
+from megamoe.bench.train import TrainSettings
 from megamoe.common.errors import MegamoeError, TopologyError
 
 SIZE = (
@@ -24,7 +25,7 @@ SIZE = (
 
 def test_layouts_are_compared_with_plain_data_parallelism() -> None:
     configs = layout_configs([], [*SIZE, "moe.router.type=balanced"], ["tp2-ep2", "ep2", "pp2"], 2)
-    settings = ParallelSettings(ranks=2, steps=1, rounds=2)
+    settings = TrainSettings(ranks=2, steps=1, rounds=2)
     report = json.loads(json.dumps(bench_parallel(configs, settings, "a remark")))
     results = {row["layout"]: row for row in report["results"]}
     assert list(results) == [PLAIN, "tp2-ep2", "ep2", "pp2"]
