@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
+import os
 import sys
+import threading
 import time
 from collections.abc import Callable
 from typing import NoReturn
@@ -24,7 +27,10 @@ def run_main(main: Callable[[], int | None]) -> NoReturn:
     only lost another one waits as well.
     """
     try:
-        sys.exit(main())
+        code = main()
+        if _num_ranks() > 1:
+            leave(code or 0)
+        sys.exit(code)
     except MegamoeError as error:
         report(error)
         sys.exit(EXIT_CODE)
@@ -36,6 +42,23 @@ def run_main(main: Callable[[], int | None]) -> NoReturn:
         sys.exit(1)
 
 
+def leave(code: int) -> NoReturn:
+    """End the process as if the interpreter ended, but for its own end: exit handlers run, and buffers are written.
+
+    A thread of the communication may still be dropping the tensors of a collective that is long done. Were the
+    interpreter gone by then, it would be killed in a place that allows no such thing, and the whole process with it
+    ("terminate called without an active exception"): a failed job after a finished training.
+    """
+    for thread in threading.enumerate():
+        if thread is not threading.current_thread() and not thread.daemon:
+            thread.join(LINGER_SECONDS)
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:
+            stream.flush()
+    os._exit(code)
+
+
 def report(error: MegamoeError) -> None:
     """Print `error` to stderr, late and marked on ranks above 0; a PeerError has been printed elsewhere."""
     rank = _rank()
@@ -45,6 +68,13 @@ def report(error: MegamoeError) -> None:
         prefix = f"[rank {rank}] " if rank > 0 else ""
         sys.stderr.write(f"{prefix}{type(error).__name__}: {error}\n")
         sys.stderr.flush()
+
+
+def _num_ranks() -> int:
+    try:
+        return env.world_size()
+    except MegamoeError:
+        return 1
 
 
 def _rank() -> int:
