@@ -10,13 +10,26 @@ from megamoe.config.base import Section
 
 
 class OpsConfig(Section):
-    """`auto` takes the fastest available implementation and prints which; a named one must be available."""
+    """`auto` takes the fastest available implementation and prints which; a named one must be available.
 
-    expert_ffn: Literal["auto", "reference", "blocked", "grouped_mm"] = Field(
+    `kernels` are the compiled ops of the optional package megamoe-kernels.
+    """
+
+    plan: Literal["auto", "kernels", "reference"] = Field(
         "auto",
-        description="Feed-forward of the experts: plain loop, blocked loop (CPU), or torch's grouped_mm.",
+        description="Which choices of the tokens their experts keep, and the order of the rows that follows from it.",
     )
-    grap_affinity: Literal["auto", "reference", "sliced"] = Field(
+    rows: Literal["auto", "kernels", "reference"] = Field(
         "auto",
-        description="Affinities of the resonance router's grap modes: plain autograd, or by hand in chunks (CPU).",
+        description="Rows to their experts' places, and their sum back to the tokens.",
+    )
+    expert_ffn: Literal["auto", "reference", "blocked", "grouped_mm", "fused"] = Field(
+        "auto",
+        description="Feed-forward of the experts: plain loop, blocked loop (CPU), torch's grouped_mm in plain "
+        "autograd, or grouped_mm with the activation between the products as one op each way (GPU).",
+    )
+    grap_affinity: Literal["auto", "reference", "sliced", "kernels"] = Field(
+        "auto",
+        description="Affinities of the resonance router's grap modes: plain autograd, by hand in chunks (CPU), or the "
+        "compiled op of megamoe-kernels.",
     )

@@ -190,7 +190,7 @@ class _Stage:
         counts += (size - 1) * COUNT if self.config.moe.broadcast is not None else 0
         return {
             "rows to experts": blocks * (2 + again) * there,
-            "rows back": blocks * (2 + again) * back,
+            "rows back": blocks * 2 * back,  # the backward pass needs nothing of it, so it is not run again
             "numbers of rows": blocks * (1 + again) * counts,
             **self._choices(),
             **self._broadcast(),
@@ -215,8 +215,9 @@ class _Stage:
         share = Fraction(str(broadcast.max_share)) * self.config.data.seq_length
         rows = training.micro_batch_size * math.ceil(share) / self.sizes["micro_batch"]
         weights = derive.experts_per_rank(self.config) * self.wide
-        passes = self.steps * self.moe_blocks * (2 + self._again("moe", "full"))
-        return {"broadcast rows": passes * (self.parallel.ep - 1) * rows * (2 * self.row_bytes + weights)}
+        there, back = self.row_bytes + weights, self.row_bytes
+        per_row = (2 + self._again("moe", "full")) * there + 2 * back
+        return {"broadcast rows": self.steps * self.moe_blocks * (self.parallel.ep - 1) * rows * per_row}
 
     def _etp(self) -> dict[str, float]:
         others, again = self.parallel.etp - 1, self._again("moe", "full")
@@ -225,7 +226,7 @@ class _Stage:
         counts = derive.experts_per_rank(self.config) * COUNT
         return {
             "rows to parts": blocks * (2 + again) * others * rows * (self.row_bytes + self.wide),
-            "rows back": blocks * (2 + again) * others * rows * self.row_bytes,
+            "rows back": blocks * 2 * others * rows * self.row_bytes,
             "numbers of rows": blocks * (1 + again) * others * counts,
         }
 

@@ -91,7 +91,7 @@ def _hook(block: int, router: Router, act: Act) -> Callable[..., RoutingPlan | N
         real_T = torch.ones(len(rows_TD), dtype=torch.bool, device=rows_TD.device)
         if about.sequences_T is not None:
             real_T = about.sequences_T >= 0
-        return act(Routed(block, router, rows_TD, real_T, plan))
+        return act(Routed(block, router, rows_TD, real_T, plan.trimmed()))
 
     return hook
 

@@ -176,6 +176,7 @@ def with_random_experts(routed: Routed, which_T: Tensor, generator: torch.Genera
         expert_ids_A=experts_A[order_A],
         weights_A=weights_A[order_A],
         rows_per_expert_E=count(experts_A, router.num_experts),
+        choices=None,
     )
 
 

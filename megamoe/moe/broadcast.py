@@ -83,13 +83,13 @@ class Broadcast(nn.Module):
             weights_UE = weights_UE * weights_TK[token_ids_U].sum(-1, keepdim=True)
         return BroadcastRows(token_ids_U, weights_UE)
 
-    def metrics(self, decision: Decision, token_ids_A: Tensor, top_k: int) -> Metrics:
+    def metrics(self, decision: Decision, served_T: Tensor, top_k: int) -> Metrics:
         """`uncertain_share`, `broadcast_share`: of the tokens. `entropy_histogram`: of the normalised entropy, [32].
         `dropped_uncertain`: of the choices that experts dropped, those of uncertain tokens, which found no slot; 0
         where none was dropped. Of one micro-batch: what is reported is the mean over them, however full each is.
 
         Args:
-            token_ids_A: of the assignments that were kept.
+            served_T: int64, experts that took each token.
         """
         tokens = decision.real_T.sum().clamp_min(1)
         histogram = torch.histc(decision.entropy_T[decision.real_T].float(), ENTROPY_BINS, 0.0, 1.0)
@@ -97,7 +97,7 @@ class Broadcast(nn.Module):
             "uncertain_share": (decision.uncertain_T.sum() / tokens, "mean"),
             "broadcast_share": (decision.chosen_T.sum() / tokens, "mean"),
             "entropy_histogram": (histogram / tokens, "mean"),
-            "dropped_uncertain": (_uncertain_among_dropped(decision, token_ids_A, top_k), "mean"),
+            "dropped_uncertain": (_uncertain_among_dropped(decision, served_T, top_k), "mean"),
         }
 
 
@@ -121,10 +121,8 @@ def normalised_entropy(probs_TE: Tensor) -> Tensor:
     return (nats_T / math.log(max(2, probs_TE.shape[1]))).clamp(0.0, 1.0)
 
 
-def _uncertain_among_dropped(decision: Decision, token_ids_A: Tensor, top_k: int) -> Tensor:
-    ones_A = torch.ones(len(token_ids_A), device=token_ids_A.device)
-    served_T = torch.zeros(len(decision.chosen_T), device=token_ids_A.device).index_add_(0, token_ids_A, ones_A)
-    dropped_T = (top_k - served_T).clamp_min(0).masked_fill(decision.chosen_T, 0.0)
+def _uncertain_among_dropped(decision: Decision, served_T: Tensor, top_k: int) -> Tensor:
+    dropped_T = (top_k - served_T).clamp_min(0).masked_fill(decision.chosen_T, 0)
     return (dropped_T * decision.uncertain_T).sum() / dropped_T.sum().clamp_min(1)
 
 

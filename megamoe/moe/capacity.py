@@ -8,8 +8,12 @@ import torch
 from torch import Tensor
 
 from megamoe.moe.decisions import decided
+from megamoe.ops.plan import plan_rows
 
 Drop = Literal["affinity", "position", "random"]
+
+COMPILED_EXPERTS = 1024
+"""The compiled op `plan` counts no more on a GPU. Experts never are as many; sequences that choose tokens may be."""
 
 
 def keep_within(
@@ -21,6 +25,7 @@ def keep_within(
     threshold: float = 1.0,
     drop: Drop = "affinity",
     seed: Tensor | int = 0,
+    implementation: str = "auto",
 ) -> Tensor:
     """Which candidates each expert keeps.
 
@@ -31,6 +36,7 @@ def keep_within(
         threshold: tau; keep only the fewest candidates whose positive affinities sum to tau times the expert's
             total. 1 is off. An expert without any positive affinity is not thresholded, so that all-negative
             affinities still fill the capacity (the paper gives neither a value nor this case).
+        implementation: of the op `plan`.
         drop: over capacity, `affinity` drops the lowest affinity (ties: the later token), `position` the latest token,
             `random` any, decided by `seed` and the candidate's place. The threshold needs `affinity`.
 
@@ -41,29 +47,40 @@ def keep_within(
     affinity_A = affinity_A.detach()
 
     def keep() -> Tensor:
-        return _kept(affinity_A, _priority(affinity_A, drop, seed), expert_ids_A, num_experts, capacity_E, threshold)
+        priority_A = _priority(affinity_A, drop, seed)
+        if threshold == 1.0:
+            return _kept(priority_A, expert_ids_A, num_experts, capacity_E, implementation)
+        return _kept_of_total(affinity_A, expert_ids_A, num_experts, capacity_E, threshold)
 
     return decided(keep)
 
 
 def _kept(
-    affinity_A: Tensor,
     priority_A: Tensor | None,
     expert_ids_A: Tensor,
     num_experts: int,
     capacity_E: Tensor | None,
-    threshold: float,
+    implementation: str,
 ) -> Tensor:
-    order_A = _rank_order(priority_A, expert_ids_A)
+    keys_A1 = None if priority_A is None else priority_A[:, None]
+    if num_experts > COMPILED_EXPERTS or (priority_A is not None and priority_A.dtype == torch.float64):
+        implementation = "reference"
+    plan = plan_rows(expert_ids_A[:, None], num_experts, keys_A1, capacity_E, implementation=implementation)
+    return plan.place_TK[:, 0] >= 0
+
+
+def _kept_of_total(
+    affinity_A: Tensor, expert_ids_A: Tensor, num_experts: int, capacity_E: Tensor | None, threshold: float
+) -> Tensor:
+    by_affinity = torch.sort(affinity_A, descending=True, stable=True).indices
+    order_A = by_affinity[torch.sort(expert_ids_A[by_affinity], stable=True).indices]
     sorted_experts = expert_ids_A[order_A]
     counts_E = torch.zeros(num_experts, dtype=torch.int64, device=affinity_A.device)
     counts_E.scatter_add_(0, expert_ids_A, torch.ones_like(expert_ids_A))
     start_E = counts_E.cumsum(0) - counts_E
-    place_A = torch.arange(len(order_A), device=affinity_A.device) - start_E[sorted_experts]
-    kept_sorted = torch.ones_like(place_A, dtype=torch.bool)
-    if threshold < 1.0:
-        kept_sorted &= _within_threshold(affinity_A[order_A], sorted_experts, start_E, counts_E, threshold)
+    kept_sorted = _within_threshold(affinity_A[order_A], sorted_experts, start_E, counts_E, threshold)
     if capacity_E is not None:
+        place_A = torch.arange(len(order_A), device=affinity_A.device) - start_E[sorted_experts]
         kept_sorted &= place_A < capacity_E[sorted_experts]
     kept_A = torch.empty_like(kept_sorted)
     kept_A[order_A] = kept_sorted
@@ -80,15 +97,7 @@ def _priority(affinity_A: Tensor, drop: Drop, seed: Tensor | int) -> Tensor | No
     place_A = (torch.arange(len(affinity_A), device=affinity_A.device) + seed * 0x9E3779B1) & 0xFFFFFFFF
     for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
         place_A = ((place_A ^ (place_A >> shift)) * factor) & 0xFFFFFFFF
-    return place_A ^ (place_A >> 16)
-
-
-def _rank_order(priority_A: Tensor | None, expert_ids_A: Tensor) -> Tensor:
-    """Candidates by expert, and for each expert from the first it would keep to the first it would drop."""
-    if priority_A is None:
-        return torch.sort(expert_ids_A, stable=True).indices
-    by_priority = torch.sort(priority_A, descending=True, stable=True).indices
-    return by_priority[torch.sort(expert_ids_A[by_priority], stable=True).indices]
+    return ((place_A ^ (place_A >> 16)) - (1 << 31)).to(torch.int32)  # in the same order
 
 
 def _within_threshold(affinity_A: Tensor, experts_A: Tensor, start_E: Tensor, counts_E: Tensor, tau: float) -> Tensor:

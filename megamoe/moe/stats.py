@@ -20,8 +20,7 @@ HISTOGRAM_REACH = 8.0
 
 def dispatch_metrics(
     rows_per_expert_E: Tensor,
-    token_ids_A: Tensor,
-    num_tokens: int,
+    served_T: Tensor,
     top_k: int,
     on_node_E: Tensor | None,
     broadcast_T: Tensor | None = None,
@@ -30,7 +29,7 @@ def dispatch_metrics(
 
     Args:
         rows_per_expert_E: broadcast rows included.
-        token_ids_A: of the assignments alone.
+        served_T: experts that took each token; of the assignments alone.
         broadcast_T: bool, tokens that lack nothing because they are broadcast; None: there are none.
 
     Returns:
@@ -39,11 +38,10 @@ def dispatch_metrics(
         without any expert. `node_share`: of the rows, those whose expert is on this node; left out where all experts
         are (`on_node_E` None).
     """
+    num_tokens = len(served_T)
     chosen = max(1, num_tokens * top_k)
-    ones_A = torch.ones(len(token_ids_A), device=token_ids_A.device)
-    served_T = torch.zeros(num_tokens, device=token_ids_A.device).index_add_(0, token_ids_A, ones_A)
     if broadcast_T is not None:
-        served_T = served_T.masked_fill(broadcast_T, float(top_k))
+        served_T = served_T.masked_fill(broadcast_T, top_k)
     load_E = rows_per_expert_E.float() * (len(rows_per_expert_E) / chosen)
     metrics: Metrics = {
         "drop_share": ((top_k - served_T).clamp_min(0).sum() / chosen, "mean"),

@@ -19,11 +19,26 @@ class BroadcastRows(NamedTuple):
     """fp32 [U, E]: gate weights, differentiable; an expert with exactly 0 does not take the row."""
 
 
+class Choices(NamedTuple):
+    """A plan's assignments as K choices of each token, which have a shape that the host knows without waiting."""
+
+    experts_TK: Tensor
+    """int64 [T, K]: global expert of each choice; E: nobody's, because its expert dropped it."""
+    weights_TK: Tensor
+    """fp32 [T, K]: gate weights, differentiable; those of nobody's choices are not used."""
+    place_TK: Tensor
+    """int32 [T, K]: place of each choice among the assignments; -1: nobody's."""
+    source_A: Tensor
+    """int32 [A]: the choice t * K + k that each assignment is; -1: none."""
+
+
 class RoutingPlan(NamedTuple):
     """Which rows go to which experts, with which weight. Made by a router, which changes nothing else.
 
     Ragged: plain top-k has A = T * K assignments, a bounded capacity drops some. Broadcast rows have none of them.
-    The order is contract: by expert, then by token.
+    The order is contract: by expert, then by token. Where the host would have to wait for the number of assignments (on
+    a GPU), A is an upper bound of it: entries from the sum of `rows_per_expert_E` on are nobody's, of row 0 with
+    weight 0. Who cannot use those takes `trimmed()`. Who changes assignments sets `choices` to None.
     """
 
     token_ids_A: Tensor
@@ -46,6 +61,21 @@ class RoutingPlan(NamedTuple):
     """At most so many rows of each expert, the same on all ranks of the expert-parallel group; None: not known."""
     broadcast: BroadcastRows | None = None
     """Rows besides the assignments, which go to many experts; None (on all ranks alike): there are never any."""
+    choices: Choices | None = None
+    """The same assignments by token; None: they are not K choices of each token."""
+
+    def trimmed(self) -> RoutingPlan:
+        """The plan without entries that are nobody's. The host waits for their number."""
+        num_assigned = int(self.rows_per_expert_E.sum())
+        if num_assigned == len(self.token_ids_A):
+            return self
+        choices = self.choices
+        return self._replace(
+            token_ids_A=self.token_ids_A[:num_assigned],
+            expert_ids_A=self.expert_ids_A[:num_assigned],
+            weights_A=self.weights_A[:num_assigned],
+            choices=choices and choices._replace(source_A=choices.source_A[:num_assigned]),
+        )
 
 
 class LayerAux(NamedTuple):

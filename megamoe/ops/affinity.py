@@ -5,7 +5,6 @@ delta_ti = cos(x_t - m, w_i),   w_i = 0 outside the i-th of E contiguous slices 
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -15,9 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megamoe.ops import affinity_kernels
 from megamoe.ops.memory import recycled_like
 from megamoe.ops.precision import at_least_fp32
 from megamoe.ops.registry import Implementation, Op
+from megamoe.ops.slices import slice_owners, through_length, unit_values
 
 GrapAffinity = Callable[[Tensor, Tensor | None, Tensor | None, int], Tensor]
 
@@ -25,14 +26,6 @@ CHUNK_ELEMENTS = 1 << 20
 """Elements of the rows worked on at once: they stay in a CPU's cache, and starting its threads costs little."""
 SAFE_SHARE = 1 / 64
 """|x - m|^2 / |x|^2 below which |x|^2 - 2 x m + |m|^2 would lose two of fp32's seven digits."""
-
-
-@functools.cache
-def slice_owners(hidden_size: int, num_experts: int, device: torch.device) -> Tensor:
-    """The expert that each feature belongs to, int64 [D]: contiguous slices, the first D mod E one feature longer."""
-    small, longer = divmod(hidden_size, num_experts)
-    lengths = torch.tensor([small + (i < longer) for i in range(num_experts)], device=device)
-    return torch.repeat_interleave(torch.arange(num_experts, device=device), lengths)
 
 
 def reference(rows_TD: Tensor, mean_D: Tensor | None, values_D: Tensor | None, num_experts: int) -> Tensor:
@@ -51,7 +44,8 @@ def reference(rows_TD: Tensor, mean_D: Tensor | None, values_D: Tensor | None, n
     centred_TD = rows32_TD if mean_D is None else rows32_TD - mean_D.detach().to(rows32_TD)
     values_D = torch.ones_like(rows32_TD[:0].sum(0)) if values_D is None else values_D.to(rows32_TD)
     owner_D = slice_owners(rows_TD.shape[1], num_experts, rows_TD.device)
-    vectors_ED = F.one_hot(owner_D, num_experts).t() * values_D
+    experts_E1 = torch.arange(num_experts, device=owner_D.device)[:, None]
+    vectors_ED = (owner_D == experts_E1) * values_D
     lengths = (_length(centred_TD)[:, None], _length(vectors_ED)[:, None])
     return F.linear(centred_TD / lengths[0], vectors_ED / lengths[1])
 
@@ -77,13 +71,10 @@ class _Slices(NamedTuple):
 
 
 def _unit_slices(values_D: Tensor, mean_D: Tensor, num_experts: int) -> _Slices:
-    owner_D = slice_owners(len(values_D), num_experts, values_D.device)
-    square_E = values_D.new_zeros(num_experts).index_add_(0, owner_D, values_D.square())
-    length_D = square_E.masked_fill_(square_E == 0, math.inf).sqrt_()[owner_D]
-    unit_D = values_D / length_D
+    unit_D, length_D = unit_values(values_D, num_experts)
     groups = _num_groups(len(values_D), num_experts)
     vectors = values_D.new_zeros(groups, num_experts // groups + 2, len(values_D) // groups)
-    vectors.scatter_(1, _place(owner_D, groups, num_experts), unit_D.view(groups, 1, -1))
+    vectors.scatter_(1, _place(len(values_D), groups, num_experts, values_D.device), unit_D.view(groups, 1, -1))
     vectors[:, -2] = mean_D.view(groups, -1)
     return _Slices(vectors, unit_D, length_D)
 
@@ -93,9 +84,9 @@ def _num_groups(hidden_size: int, num_experts: int) -> int:
     return num_experts // 8 if num_experts > 8 and num_experts % 8 == 0 and hidden_size % num_experts == 0 else 1
 
 
-def _place(owner_D: Tensor, groups: int, num_experts: int) -> Tensor:
+def _place(hidden_size: int, groups: int, num_experts: int, device: torch.device) -> Tensor:
     """Which vector of its group owns each feature, [n, 1, D/n]."""
-    return (owner_D % (num_experts // groups)).view(groups, 1, -1)
+    return (slice_owners(hidden_size, num_experts, device) % (num_experts // groups)).view(groups, 1, -1)
 
 
 class _SlicedAffinity(torch.autograd.Function):
@@ -148,7 +139,10 @@ class _SlicedAffinity(torch.autograd.Function):
         if not ctx.needs_input_grad[2]:
             return d_rows, None, None, None
         d_vectors -= grad[:, :, :-2].sum(1)[:, :, None] * vectors[:, -2:-1]
-        return d_rows, None, _through_length(d_vectors, unit_D, length_D), None
+        num_experts = affinity_TE.shape[1]
+        place = _place(len(unit_D), len(vectors), num_experts, unit_D.device)
+        d_unit_D = d_vectors.gather(1, place).view(-1)
+        return d_rows, None, through_length(d_unit_D, unit_D, length_D, num_experts), None
 
 
 def _products(rows_TD: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
@@ -194,17 +188,8 @@ def _grouped(rows: Tensor, groups: int) -> Tensor:
     return rows.unflatten(1, (groups, -1)).transpose(0, 1)
 
 
-def _through_length(d_vectors: Tensor, unit_D: Tensor, length_D: Tensor) -> Tensor:
-    """Gradient [D] of the values, from that of the groups' unit vectors [n, E/n, D/n]."""
-    groups, per_group, _ = d_vectors.shape
-    owner_D = slice_owners(len(unit_D), groups * per_group, unit_D.device)
-    d_unit_D = d_vectors.gather(1, _place(owner_D, groups, groups * per_group)).view(-1)
-    along_E = unit_D.new_zeros(groups * per_group).index_add_(0, owner_D, unit_D * d_unit_D)
-    return (d_unit_D - unit_D * along_E[owner_D]) / length_D
-
-
 def sliced(rows_TD: Tensor, mean_D: Tensor | None, values_D: Tensor | None, num_experts: int) -> Tensor:
-    """As :func:`reference`; the fastest one on a CPU. Waits for one comparison on the host."""
+    """As :func:`reference`; the fastest one of torch's own ops on a CPU. Waits for one comparison on the host."""
     like = at_least_fp32(rows_TD[:0])
     mean_D = like.new_zeros(rows_TD.shape[1]) if mean_D is None else mean_D.detach().to(like)
     values_D = like.new_ones(rows_TD.shape[1]) if values_D is None else values_D.to(like)
@@ -218,6 +203,7 @@ def _waits(device: torch.device, dtype: torch.dtype) -> str:
 
 GRAP_AFFINITY: Op[GrapAffinity] = Op(
     "grap_affinity",
+    Implementation("kernels", affinity_kernels.compiled, affinity_kernels.unavailable),
     Implementation("sliced", sliced, not_preferred=_waits),
     Implementation("reference", reference),
 )

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megamoe.ops.expert_ffn_fused import fused
 from megamoe.ops.memory import recycled_like
 from megamoe.ops.registry import Implementation, Op
 
@@ -146,6 +147,7 @@ def _slow_on_cpu(device: torch.device, dtype: torch.dtype) -> str:
 
 EXPERT_FFN: Op[ExpertFFN] = Op(
     "expert_ffn",
+    Implementation("fused", fused, _needs_grouped_mm, _slow_on_cpu),
     Implementation("grouped_mm", grouped_mm, _needs_grouped_mm, _slow_on_cpu),
     Implementation("blocked", blocked),
     Implementation("reference", reference),

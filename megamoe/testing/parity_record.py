@@ -54,6 +54,7 @@ def recording(routers: dict[int, Router], run: ParityRun, step: int, micro_batch
     def record(block: int, router: Router, about: Rows, plan: RoutingPlan) -> None:
         if recomputing():
             return
+        plan = plan.trimmed()
         top = plan.logits_TE.detach().topk(min(router.top_k + 1, router.num_experts), dim=-1).values
         margin_T = top[:, router.top_k - 1] - top[:, -1]
         place = (step, micro_batches[seen[block]], block)

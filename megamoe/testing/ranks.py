@@ -98,6 +98,8 @@ class _Failure:
     kind: str
     traceback: str
     pickled: bytes | None
+    moment: float
+    """By the clock that all processes share: reports may overtake each other."""
 
 
 @dataclass
@@ -108,7 +110,7 @@ class _Ranks:
     pipes: list[connection.Connection]
     stack_files: list[Path]
     results: dict[int, bytes] = field(default_factory=dict)
-    failures: dict[int, _Failure] = field(default_factory=dict)  # in order of arrival
+    failures: dict[int, _Failure] = field(default_factory=dict)
 
     def unfinished(self) -> list[int]:
         return [r for r in range(len(self.pipes)) if r not in self.results and r not in self.failures]
@@ -195,7 +197,9 @@ def _receive(ranks: _Ranks, rank: int) -> None:
     except (EOFError, OSError):
         process = ranks.processes[rank]
         process.join(_GRACE_SECONDS)
-        ranks.failures[rank] = _Failure("died", f"{_how_it_ended(process.exitcode)} without a report\n", None)
+        ranks.failures[rank] = _Failure(
+            "died", f"{_how_it_ended(process.exitcode)} without a report\n", None, time.monotonic()
+        )
         return
     if isinstance(report, _Failure):
         ranks.failures[rank] = report
@@ -211,8 +215,9 @@ def _how_it_ended(exitcode: int | None) -> str:
 
 def _rank_error(ranks: _Ranks) -> RankError:
     # A process that died is the cause of its peers' broken connections, however early those were reported.
-    died = [rank for rank, failure in ranks.failures.items() if failure.kind == "died"]
-    first = next(iter(died or ranks.failures))
+    died = {rank: failure for rank, failure in ranks.failures.items() if failure.kind == "died"}
+    candidates = died or ranks.failures
+    first = min(candidates, key=lambda rank: candidates[rank].moment)
     failure = ranks.failures[first]
     others = "".join(
         f"rank {rank} failed as well: {other.traceback.strip().splitlines()[-1]}\n"
@@ -291,7 +296,7 @@ def _rank_main(pipe: connection.Connection, call: _Call, rank: int, stack_path: 
         try:
             report: bytes | _Failure = _run(call, rank)
         except BaseException as error:  # SystemExit too: a test may look at it
-            report = _describe(error)
+            report = _describe(error, time.monotonic())
         with contextlib.suppress(BrokenPipeError):
             pipe.send_bytes(pickle.dumps(report))
         # Not a normal exit: destructors of process groups and optimizers may wait for ranks that are gone.
@@ -353,13 +358,13 @@ def _make_importable(module: str, file: str | None) -> None:
     spec.loader.exec_module(loaded)
 
 
-def _describe(error: BaseException) -> _Failure:
+def _describe(error: BaseException, moment: float) -> _Failure:
     text = "".join(traceback.format_exception(error))
     try:
         pickled = pickle.dumps(error)
     except Exception:  # an exception that holds, say, a lock: its traceback says enough
         pickled = None
-    return _Failure(type(error).__name__, text, pickled)
+    return _Failure(type(error).__name__, text, pickled, moment)
 
 
 @atexit.register

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch.distributed as dist
 
+from megamoe.config.ops import OpsConfig
 from megamoe.moe.dispatch.all_to_all import AllToAllDispatcher
 from megamoe.moe.dispatch.base import Dispatcher
 from megamoe.moe.dispatch.broadcast import BroadcastDispatcher
@@ -14,7 +15,12 @@ from megamoe.parallel.axis import SINGLE, Axis
 
 
 def build_dispatcher(
-    name: str, group: dist.ProcessGroup | None, *, broadcasts: bool = False, etp: Axis = SINGLE
+    name: str,
+    group: dist.ProcessGroup | None,
+    *,
+    broadcasts: bool = False,
+    etp: Axis = SINGLE,
+    ops: OpsConfig | None = None,
 ) -> Dispatcher:
     """The dispatcher called `name` (`moe.dispatcher`) over an expert-parallel group; None is a group of this rank.
 
@@ -23,17 +29,19 @@ def build_dispatcher(
     Args:
         broadcasts: whether plans may have rows to broadcast.
         etp: ranks that hold parts of the same experts.
+        ops: with which implementations rows move.
     """
-    dispatcher = _build(name, group)
+    ops = ops or OpsConfig()
+    dispatcher = _build(name, group, ops)
     if broadcasts:
         dispatcher = BroadcastDispatcher(dispatcher, group)
-    return ExpertTensorDispatcher(dispatcher, etp) if etp.size > 1 else dispatcher
+    return ExpertTensorDispatcher(dispatcher, etp, ops) if etp.size > 1 else dispatcher
 
 
-def _build(name: str, group: dist.ProcessGroup | None) -> Dispatcher:
+def _build(name: str, group: dist.ProcessGroup | None, ops: OpsConfig) -> Dispatcher:
     spread = group is not None and dist.get_world_size(group) > 1
     if name == "local" or (name == "auto" and not spread):
-        return LocalDispatcher()
+        return LocalDispatcher(ops)
     if group is None:
         raise ValueError(f"{name} needs a process group")
-    return AllToAllDispatcher(group) if name == "all_to_all" else PaddedDispatcher(group)
+    return AllToAllDispatcher(group, ops) if name == "all_to_all" else PaddedDispatcher(group, ops)

@@ -1,12 +1,18 @@
-"""What every dispatcher is."""
+"""What every dispatcher is, and how rows stand before they leave and after they came home."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 
+import torch
 from torch import Tensor
 
-from megamoe.moe.types import DispatchHandle, RoutingPlan
+from megamoe.config.ops import OpsConfig
+from megamoe.moe.types import Choices, DispatchHandle, RoutingPlan
+from megamoe.ops.rows import gather_rows, sum_rows
+
+DEFAULT = OpsConfig()
+"""The fastest implementations there are."""
 
 
 class Dispatcher(ABC):
@@ -24,11 +30,28 @@ class Dispatcher(ABC):
         """Send each assignment's row to the rank that holds its expert.
 
         Returns:
-            rows_RD: received rows, grouped by local expert, inside a group by source rank and then by token.
-            rows_per_expert_L: int64 [L], summing to R.
+            rows_RD: received rows, grouped by local expert, inside a group by source rank and then by token; those
+                from the sum of `rows_per_expert_L` on are nobody's.
+            rows_per_expert_L: int64 [L], summing to R or less.
             handle: for `combine`; carries the gate weights of the received rows.
         """
 
     @abstractmethod
     def combine(self, rows_RD: Tensor, handle: DispatchHandle) -> Tensor:
         """Bring the experts' rows home and add them up per token: [T, D]. Weights were applied by the experts."""
+
+
+def leaving(rows_TD: Tensor, plan: RoutingPlan) -> tuple[Tensor, Choices]:
+    """Rows and the choices of each: the plan's own, or each assignment as a row with a single choice."""
+    if plan.choices is not None:
+        return rows_TD, plan.choices
+    source_A = torch.arange(len(plan.token_ids_A), dtype=torch.int32, device=rows_TD.device)
+    choices = Choices(plan.expert_ids_A[:, None], plan.weights_A[:, None], source_A[:, None], source_A)
+    return gather_rows(rows_TD, plan.token_ids_A), choices
+
+
+def at_home(rows: Tensor, handle: DispatchHandle) -> Tensor:
+    """Results [T, D], from those of the rows that `leaving` gave."""
+    if handle.plan.choices is not None:
+        return rows
+    return sum_rows(rows, handle.plan.token_ids_A, handle.num_rows)

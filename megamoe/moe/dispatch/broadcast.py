@@ -74,7 +74,7 @@ class BroadcastDispatcher(Dispatcher):
         home_TD = self.inner.combine(assigned_RD, together.inner)
         exchange = together.exchange
         home_VD = AllToAll.apply(broadcast_GD, exchange.receive_splits, exchange.send_splits, self.group)
-        return home_TD.index_add(0, broadcast.token_ids_U[exchange.leaving_V], home_VD)
+        return home_TD + sum_rows(home_VD, broadcast.token_ids_U[exchange.leaving_V], len(home_TD))
 
     def _send(self, rows_TD: Tensor, broadcast: BroadcastRows) -> tuple[Tensor, Tensor, _Exchange, int]:
         """Broadcast rows that arrive here [G, D], their weights for the experts here [G, L], and what was sent."""
@@ -116,7 +116,7 @@ def _merge(rows_RD: Tensor, rows_per_expert_L: Tensor, weights_R: Tensor, weight
 
 def as_assignments(plan: RoutingPlan) -> RoutingPlan:
     """The same plan with an assignment for each expert that takes a broadcast row, in the plan's order."""
-    broadcast = plan.broadcast
+    plan, broadcast = plan.trimmed(), plan.broadcast
     if broadcast is None:
         return plan
     pairs = (broadcast.weights_UE.t() != 0).nonzero()  # by expert, then by row
@@ -131,4 +131,5 @@ def as_assignments(plan: RoutingPlan) -> RoutingPlan:
         rows_per_expert_E=plan.rows_per_expert_E + (broadcast.weights_UE != 0).sum(0),
         capacity=None,
         broadcast=None,
+        choices=None,
     )

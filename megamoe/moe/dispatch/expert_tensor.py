@@ -8,10 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megamoe.moe.dispatch.all_to_all import AllToAll, expert_order
-from megamoe.moe.dispatch.base import Dispatcher
-from megamoe.moe.types import DispatchHandle, RoutingPlan
-from megamoe.ops.rows import gather_rows, sum_rows
+from megamoe.config.ops import OpsConfig
+from megamoe.moe.dispatch.all_to_all import experts_of
+from megamoe.moe.dispatch.base import DEFAULT, Dispatcher
+from megamoe.moe.dispatch.journey import Order, Splits, packed_width, return_home, travel
+from megamoe.moe.types import Choices, DispatchHandle, RoutingPlan
 from megamoe.parallel import collectives
 from megamoe.parallel.axis import Axis
 
@@ -19,12 +20,9 @@ from megamoe.parallel.axis import Axis
 class _Exchange(NamedTuple):
     """One exchange as this rank sees it. Rows leave by (destination rank, expert), all of them for each rank."""
 
-    send_splits: list[int]
-    """As many rows for every rank, [P]."""
-    receive_splits: list[int]
-    """Rows from each rank, [P]."""
-    expert_order_Q: Tensor
-    """int64 [Q]: place in arrival order (source rank, expert, inner order) of each row in expert order."""
+    leave: Order
+    splits: Splits
+    arrive: Order
     num_padded: int
     """Rows that no expert has and that stayed here: the inner dispatcher's last."""
     inner: DispatchHandle
@@ -40,43 +38,42 @@ class ExpertTensorDispatcher(Dispatcher):
     dispatcher that needs neither.
     """
 
-    def __init__(self, inner: Dispatcher, etp: Axis) -> None:
+    def __init__(self, inner: Dispatcher, etp: Axis, ops: OpsConfig = DEFAULT) -> None:
         if etp.group is None:
             raise ValueError("rows cannot reach the other parts of an expert without a process group")
-        self.inner, self.etp = inner, etp
+        self.inner, self.etp, self.group, self.ops = inner, etp, etp.group, ops
         self.name = inner.name
 
     def dispatch(self, rows_TD: Tensor, plan: RoutingPlan) -> tuple[Tensor, Tensor, DispatchHandle]:
         rows_RD, rows_per_expert_L, inner = self.inner.dispatch(rows_TD, plan)
-        received_PL = torch.stack(collectives.all_gather(rows_per_expert_L, self.etp.group))
-        receive_splits = received_PL.sum(1).tolist()
-        held = receive_splits[self.etp.rank]
-        exchange = _Exchange(
-            [held] * self.etp.size, receive_splits, expert_order(received_PL), len(rows_RD) - held, inner
-        )
-        rows_QD = self._to_every_part(rows_RD[:held], exchange)
-        weights_Q = self._to_every_part(inner.weights_R[:held], exchange)
-        sent_bytes = inner.sent_bytes + self._sent_bytes(exchange, rows_RD, inner.weights_R, rows_per_expert_L)
-        handle = inner._replace(weights_R=weights_Q, state=exchange, sent_bytes=sent_bytes)
-        return rows_QD, received_PL.sum(0), handle
+        received_PL = torch.stack(collectives.all_gather(rows_per_expert_L, self.group))
+        receive = received_PL.sum(1).tolist()
+        held, num_parts = receive[self.etp.rank], self.etp.size
+        splits = Splits(self.group, [held] * num_parts, receive, self.ops)
+        leave = to_everyone(held, num_parts, rows_RD.device)
+        weights_RP = inner.weights_R[:held, None].expand(held, num_parts)
+        choices = Choices(leave.place_NK, weights_RP, leave.place_NK, leave.source_M)
+        num_local = len(rows_per_expert_L)
+        arrival = travel(rows_RD[:held], choices, leave, splits, lambda weights_Q: (experts_of(received_PL), num_local))
+        exchange = _Exchange(leave, splits, arrival.order, len(rows_RD) - held, inner)
+        sent_bytes = inner.sent_bytes + self._sent_bytes(splits, rows_RD, inner.weights_R, num_local)
+        handle = inner._replace(weights_R=arrival.weights_R, state=exchange, sent_bytes=sent_bytes)
+        return arrival.rows_RD, arrival.rows_per_expert_L, handle
 
     def combine(self, rows_RD: Tensor, handle: DispatchHandle) -> Tensor:
         exchange: _Exchange = handle.state
-        arrival_QD = sum_rows(rows_RD, exchange.expert_order_Q, len(rows_RD))
-        partial_QD = AllToAll.apply(arrival_QD, exchange.receive_splits, exchange.send_splits, self.etp.group)
-        whole_RD = partial_QD.unflatten(0, (self.etp.size, exchange.send_splits[0])).sum(0)
+        whole_RD = return_home(rows_RD, exchange.arrive, exchange.leave, exchange.splits)
         return self.inner.combine(F.pad(whole_RD, (0, 0, 0, exchange.num_padded)), exchange.inner)
 
-    def _to_every_part(self, held: Tensor, exchange: _Exchange) -> Tensor:
-        """Rows [R, D] or values [R] of all ranks of the group, in expert order. Backward: the sum over the parts."""
-        sent = held.repeat(self.etp.size, *[1] * (held.dim() - 1))
-        arrived = AllToAll.apply(sent, exchange.send_splits, exchange.receive_splits, self.etp.group)
-        return gather_rows(arrived, exchange.expert_order_Q)
-
-    def _sent_bytes(self, exchange: _Exchange, rows_RD: Tensor, weights_R: Tensor, rows_per_expert_L: Tensor) -> int:
+    def _sent_bytes(self, splits: Splits, rows_RD: Tensor, weights_R: Tensor, num_local: int) -> int:
         """Rows with their weights to other ranks, partial results back to them, and the counts."""
-        others, held = self.etp.size - 1, exchange.send_splits[0]
-        back = sum(exchange.receive_splits) - held
-        rows = (others * held + back) * rows_RD.shape[1] * rows_RD.element_size()
-        counts = len(rows_per_expert_L) * rows_per_expert_L.element_size()
-        return rows + others * (held * weights_R.element_size() + counts)
+        send, receive = splits.send or [0], splits.receive or [0]
+        others, held, width = self.etp.size - 1, send[0], rows_RD.shape[1]
+        there, back = others * held * (width + packed_width(rows_RD, weights_R)), (sum(receive) - held) * width
+        return (there + back) * rows_RD.element_size() + others * num_local * 8
+
+
+def to_everyone(num_rows: int, num_ranks: int, device: torch.device) -> Order:
+    """Each of N rows to each of P ranks: copy p of row n is row p * N + n."""
+    index = torch.arange(num_rows * num_ranks, dtype=torch.int32, device=device)
+    return Order(index.view(num_ranks, num_rows).t().contiguous(), index.view(num_rows, num_ranks).t().flatten())

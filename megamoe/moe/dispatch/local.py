@@ -4,20 +4,29 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from megamoe.moe.dispatch.base import Dispatcher
+from megamoe.config.ops import OpsConfig
+from megamoe.moe.dispatch.base import DEFAULT, Dispatcher, at_home, leaving
 from megamoe.moe.types import DispatchHandle, RoutingPlan
-from megamoe.ops.rows import gather_rows, sum_rows
+from megamoe.ops.rows import permute_rows, unpermute_rows
 
 
 class LocalDispatcher(Dispatcher):
-    """The plan's order is already by expert and token, so its rows are gathered as they are."""
+    """The plan's order is already by expert and token. Nothing waits for the device."""
 
     name = "local"
 
+    def __init__(self, ops: OpsConfig = DEFAULT) -> None:
+        self.ops = ops
+
     def dispatch(self, rows_TD: Tensor, plan: RoutingPlan) -> tuple[Tensor, Tensor, DispatchHandle]:
-        rows_RD = gather_rows(rows_TD, plan.token_ids_A)
         handle = DispatchHandle(weights_R=plan.weights_A, plan=plan, num_rows=rows_TD.shape[0])
-        return rows_RD, plan.rows_per_expert_E, handle
+        rows_AD, choices = leaving(rows_TD, plan)
+        if plan.choices is not None:
+            rows_AD = permute_rows(rows_TD, choices.source_A, choices.place_TK, implementation=self.ops.rows)
+        return rows_AD, plan.rows_per_expert_E, handle
 
     def combine(self, rows_RD: Tensor, handle: DispatchHandle) -> Tensor:
-        return sum_rows(rows_RD, handle.plan.token_ids_A, handle.num_rows)
+        choices = handle.plan.choices
+        if choices is not None:
+            rows_RD = unpermute_rows(rows_RD, choices.place_TK, choices.source_A, implementation=self.ops.rows)
+        return at_home(rows_RD, handle)

@@ -18,7 +18,8 @@ from megamoe.moe.capacity import keep_within
 from megamoe.moe.placement import ALONE, ExpertParallel
 from megamoe.moe.spread import Spread
 from megamoe.moe.stats import Metrics
-from megamoe.moe.types import BroadcastRows, RoutingPlan
+from megamoe.moe.types import BroadcastRows, Choices, RoutingPlan
+from megamoe.ops.plan import plan_rows
 from megamoe.ops.row_softmax import row_softmax
 
 
@@ -89,6 +90,16 @@ class Outcome(NamedTuple):
     metrics: Metrics
 
 
+class Assigned(NamedTuple):
+    """Assignments in the plan's order. Fields as in :class:`RoutingPlan`."""
+
+    token_ids_A: Tensor
+    expert_ids_A: Tensor
+    weights_A: Tensor
+    rows_per_expert_E: Tensor
+    choices: Choices | None = None
+
+
 class Broadcasting(NamedTuple):
     """What is broadcast of a micro-batch."""
 
@@ -127,7 +138,7 @@ class Router(nn.Module, ABC):
     def __init__(self, size: RouterSize, capacity: CapacityConfig, ep: ExpertParallel = ALONE) -> None:
         super().__init__()
         self.hidden_size, self.num_experts, self.top_k = size.hidden_size, size.num_experts, size.top_k
-        self.capacity, self.ep, self.layer = capacity, ep, size.layer
+        self.capacity, self.ep, self.layer, self.ops = capacity, ep, size.layer, size.ops
         self.broadcast = Broadcast(size.broadcast, size.num_experts, size.layer) if size.broadcast is not None else None
         self.bound = build_bound(capacity, size.num_experts, size.top_k, size.hidden_size)
         on_node = ep.on_node(size.num_experts)
@@ -164,29 +175,51 @@ class Router(nn.Module, ABC):
         return self.bound.limits(num_tokens, self.on_node_E.device)
 
     def make_plan(self, choice: Choice, outcome: Outcome, about: Rows, threshold: float = 1.0) -> RoutingPlan:
-        """The plan of the tokens' choices after expert choice.
+        """The plan of the tokens' choices after expert choice. The host waits for nothing.
 
         Args:
             threshold: tau of :func:`keep_within`, applied in training only.
         """
-        num_tokens, top_k = choice.expert_ids_TK.shape
-        experts_A, weights_A = choice.expert_ids_TK.reshape(-1), choice.weights_TK.reshape(-1)
-        tokens_A = torch.arange(num_tokens * top_k, device=experts_A.device) // top_k
+        num_tokens = len(choice.expert_ids_TK)
         limits, threshold = self.limits(about.size or num_tokens), threshold if self.training else 1.0
-        decision, kept_A = self.decide(outcome, about), None
-        if decision is not None:
-            # Their choices go to expert number E, which there is not.
-            nobody_TK = choice.expert_ids_TK.masked_fill(decision.chosen_T[:, None], self.num_experts)
-            choice, kept_A = choice._replace(expert_ids_TK=nobody_TK), nobody_TK.reshape(-1) < self.num_experts
-        if limits is not None or threshold < 1.0:
-            kept = self.keep(choice, limits, threshold, about)
-            kept_A = kept if kept_A is None else kept & kept_A
-        if kept_A is not None:
-            # On a GPU the one place where the host waits, for their number.
-            kept = kept_A.nonzero().squeeze(-1)
-            experts_A, weights_A, tokens_A = experts_A[kept], weights_A[kept], tokens_A[kept]
+        decision = self.decide(outcome, about)
         broadcast = self.broadcast_rows(decision, outcome, choice.weights_TK)
-        return self.assemble(tokens_A, experts_A, weights_A, outcome, about, limits, broadcast)
+        # A choice that comes to nothing goes to expert number E, which there is not.
+        if decision is not None:
+            nobody_TK = choice.expert_ids_TK.masked_fill(decision.chosen_T[:, None], self.num_experts)
+            choice = choice._replace(expert_ids_TK=nobody_TK)
+        if limits is not None or threshold < 1.0:
+            dropped_TK = ~self.keep(choice, limits, threshold, about).view_as(choice.expert_ids_TK)
+            choice = choice._replace(expert_ids_TK=choice.expert_ids_TK.masked_fill(dropped_TK, self.num_experts))
+        served_T = (choice.expert_ids_TK < self.num_experts).sum(1)
+        rows_per_expert_E = count(choice.expert_ids_TK, self.num_experts + 1)[:-1]
+        metrics = self.describe_plan(served_T, rows_per_expert_E, limits, broadcast)
+        assigned = self._assign(choice, limits, about)
+        return self.plan_of(assigned, outcome, metrics, limits, about, broadcast)
+
+    def _assign(self, choice: Choice, limits: Limits | None, about: Rows) -> Assigned:
+        """The assignments of this rank's tokens, in the plan's order."""
+        experts_TK, weights_TK = choice.expert_ids_TK, choice.weights_TK
+        if about.spread is not None:
+            experts_TK, weights_TK = _own_choices(experts_TK, weights_TK, about.spread, self.num_experts)
+        # With a capacity there may be fewer assignments than choices, and is no need of memory for all.
+        most = 0
+        if limits is not None and limits.slots is not None and about.spread is None:
+            most = min(experts_TK.numel(), self.num_experts * limits.slots)
+        place_TK, source_A, rows_per_expert_E = plan_rows(
+            experts_TK, self.num_experts, max_rows=most, implementation=self.ops.plan
+        )
+        waits = waiting_costs(source_A.device)
+        if not waits:
+            source_A = source_A[: int(rows_per_expert_E.sum())]
+        choices = Choices(experts_TK, weights_TK, place_TK, source_A)
+        any_A = source_A.clamp_min(0).long()
+        weights_A = weights_TK.flatten()[any_A]
+        if waits:
+            weights_A = weights_A.masked_fill(source_A < 0, 0.0)
+        return Assigned(
+            any_A // experts_TK.shape[1], experts_TK.flatten()[any_A], weights_A, rows_per_expert_E, choices
+        )
 
     def keep(self, choice: Choice, limits: Limits | None, threshold: float, about: Rows) -> Tensor:
         """Which choices the experts keep: bool [T * K]. Choices of expert number E are nobody's and take no room."""
@@ -201,6 +234,7 @@ class Router(nn.Module, ABC):
             threshold=threshold,
             drop=self.capacity.drop,
             seed=self.seed(about) if self.capacity.drop == "random" else 0,
+            implementation=self.ops.plan,
         )
 
     def seed(self, about: Rows) -> Tensor | int:
@@ -220,77 +254,100 @@ class Router(nn.Module, ABC):
             return None
         return Broadcasting(decision, self.broadcast.rows(decision, outcome.probs_TE, weights_TK))
 
-    def assemble(
+    def describe_plan(
         self,
-        tokens_A: Tensor,
-        experts_A: Tensor,
-        weights_A: Tensor,
-        outcome: Outcome,
-        about: Rows,
+        served_T: Tensor,
+        rows_per_expert_E: Tensor,
         limits: Limits | None,
-        broadcast: Broadcasting | None = None,
-    ) -> RoutingPlan:
-        """Put assignments, which come in the order of their tokens (per expert), into the plan's order; describe it."""
-        num_tokens = len(outcome.logits_TE)
-        experts_A, order_A = torch.sort(experts_A, stable=True)
-        tokens_A, rows_per_expert_E = tokens_A[order_A], count(experts_A, self.num_experts)
+        broadcast: Broadcasting | None,
+    ) -> Metrics:
+        """What to report of the assignments of a micro-batch.
+
+        Args:
+            served_T: int64, experts that took each token.
+        """
         on_node_E = None if self.all_on_node else self.on_node_E
-        metrics = self._describe(tokens_A, rows_per_expert_E, num_tokens, on_node_E, broadcast)
+        taken_T, taken_E, metrics = None, rows_per_expert_E, Metrics()
+        if broadcast is not None and self.broadcast is not None:
+            taken_T = broadcast.decision.chosen_T
+            taken_E = rows_per_expert_E + (broadcast.rows.weights_UE != 0).sum(0)
+            metrics = self.broadcast.metrics(broadcast.decision, served_T, self.top_k)
+        metrics |= stats.dispatch_metrics(taken_E, served_T, self.top_k, on_node_E, taken_T)
         if limits is not None and self.bound is not None:
             metrics["capacity"] = (limits.per_expert_E.float(), "mean")
             metrics |= {name: (value, "mean") for name, value in self.bound.metrics().items()}
+        return metrics
+
+    def plan_of(
+        self,
+        assigned: Assigned,
+        outcome: Outcome,
+        metrics: Metrics,
+        limits: Limits | None,
+        about: Rows,
+        broadcast: Broadcasting | None,
+    ) -> RoutingPlan:
+        """The plan of these assignments, which are this rank's."""
         plan = RoutingPlan(
-            token_ids_A=tokens_A,
-            expert_ids_A=experts_A,
-            weights_A=weights_A[order_A],
-            rows_per_expert_E=rows_per_expert_E,
+            assigned.token_ids_A,
+            assigned.expert_ids_A,
+            assigned.weights_A,
+            assigned.rows_per_expert_E,
             logits_TE=outcome.logits_TE,
             losses=outcome.losses,
             observations=outcome.observations,
             metrics=outcome.metrics | metrics,
             capacity=limits.slots if limits is not None else None,
             broadcast=broadcast.rows if broadcast is not None else None,
+            choices=assigned.choices,
         )
-        return plan if about.spread is None else own_part(plan, about.spread)
-
-    def _describe(
-        self,
-        tokens_A: Tensor,
-        rows_per_expert_E: Tensor,
-        num_tokens: int,
-        on_node_E: Tensor | None,
-        broadcast: Broadcasting | None,
-    ) -> Metrics:
-        if broadcast is None or self.broadcast is None:
-            return stats.dispatch_metrics(rows_per_expert_E, tokens_A, num_tokens, self.top_k, on_node_E)
-        decision, taken_E = broadcast.decision, (broadcast.rows.weights_UE != 0).sum(0)
-        metrics = stats.dispatch_metrics(
-            rows_per_expert_E + taken_E, tokens_A, num_tokens, self.top_k, on_node_E, decision.chosen_T
-        )
-        return metrics | self.broadcast.metrics(decision, tokens_A, self.top_k)
+        return plan if about.spread is None else _own_rest(plan, about.spread)
 
 
-def own_part(plan: RoutingPlan, spread: Spread) -> RoutingPlan:
-    """What a plan for a whole micro-batch says of the rows of this rank."""
-    own_T, local_T = spread.own(plan.logits_TE.device)
-    place_T = torch.full((spread.num_rows,), -1, device=own_T.device)
-    place_T[own_T] = torch.arange(len(own_T), device=own_T.device) if local_T is None else local_T
-    place_A = place_T[plan.token_ids_A]
+def waiting_costs(device: torch.device) -> bool:
+    """Whether the host stands still until it has a number from the device."""
+    return device.type != "cpu"
+
+
+def own_assignments(assigned: Assigned, spread: Spread) -> Assigned:
+    """Of the assignments of a whole micro-batch, which are not K choices of each token, those of this rank's rows."""
+    place_T = _own_places(spread, assigned.token_ids_A.device)
+    place_A = place_T[assigned.token_ids_A]
     kept = (place_A >= 0).nonzero().squeeze(-1)
-    experts_A, broadcast = plan.expert_ids_A[kept], plan.broadcast
+    experts_A = assigned.expert_ids_A[kept]
+    rows_per_expert_E = count(experts_A, len(assigned.rows_per_expert_E))
+    return Assigned(place_A[kept], experts_A, assigned.weights_A[kept], rows_per_expert_E)
+
+
+def _own_choices(experts_TK: Tensor, weights_TK: Tensor, spread: Spread, nobody: int) -> tuple[Tensor, Tensor]:
+    """Of the choices of a whole micro-batch those of this rank's rows; its padding chooses nobody."""
+    own_T, local_T = spread.own(experts_TK.device)
+    experts_TK, weights_TK = experts_TK[own_T], weights_TK[own_T]
+    if local_T is None:
+        return experts_TK, weights_TK
+    shape = spread.batch * spread.length, experts_TK.shape[1]
+    experts_TK = experts_TK.new_full(shape, nobody).index_copy_(0, local_T, experts_TK)
+    return experts_TK, weights_TK.new_zeros(shape).index_copy(0, local_T, weights_TK)
+
+
+def _own_rest(plan: RoutingPlan, spread: Spread) -> RoutingPlan:
+    """A plan for a whole micro-batch, but for its assignments, as one for the rows of this rank."""
+    own_T, _ = spread.own(plan.logits_TE.device)
+    broadcast = plan.broadcast
     if broadcast is not None:
-        place_U = place_T[broadcast.token_ids_U]
+        place_U = _own_places(spread, own_T.device)[broadcast.token_ids_U]
         mine = (place_U >= 0).nonzero().squeeze(-1)
         broadcast = BroadcastRows(place_U[mine], broadcast.weights_UE[mine])
-    return plan._replace(
-        token_ids_A=place_A[kept],
-        expert_ids_A=experts_A,
-        weights_A=plan.weights_A[kept],
-        rows_per_expert_E=count(experts_A, len(plan.rows_per_expert_E)),
-        logits_TE=plan.logits_TE[own_T],
-        broadcast=broadcast,
-        capacity=None,  # of the whole micro-batch: this rank's part of it has no bound of its own
-    )
+    # No capacity: that of the whole micro-batch does not bound this rank's part of it.
+    return plan._replace(logits_TE=plan.logits_TE[own_T], broadcast=broadcast, capacity=None)
+
+
+def _own_places(spread: Spread, device: torch.device) -> Tensor:
+    """For every row of a micro-batch its place among this rank's rows, int64; -1: another's."""
+    own_T, local_T = spread.own(device)
+    place_T = torch.full((spread.num_rows,), -1, device=device)
+    place_T[own_T] = torch.arange(len(own_T), device=device) if local_T is None else local_T
+    return place_T
 
 
 def auxiliary_losses(

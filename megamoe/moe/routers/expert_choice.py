@@ -9,7 +9,17 @@ from megamoe.config.moe import CapacityConfig
 from megamoe.config.routers import ExpertChoiceRouterConfig
 from megamoe.moe.decisions import best, decided
 from megamoe.moe.placement import ALONE, ExpertParallel
-from megamoe.moe.routers.base import NOTHING, Choice, Outcome, RouterSize, Rows, auxiliary_losses, count
+from megamoe.moe.routers.base import (
+    NOTHING,
+    Assigned,
+    Choice,
+    Outcome,
+    RouterSize,
+    Rows,
+    auxiliary_losses,
+    count,
+    own_assignments,
+)
 from megamoe.moe.routers.linear import LinearRouter
 from megamoe.moe.types import RoutingPlan
 from megamoe.ops.row_softmax import row_softmax
@@ -63,9 +73,13 @@ class ExpertChoiceRouter(LinearRouter):
         if decision is not None:
             kept = (~decision.chosen_T)[tokens_A].nonzero().squeeze(-1)
             tokens_A, experts_A, weights_A = tokens_A[kept], experts_A[kept], weights_A[kept]
-        broadcast = self.broadcast_rows(decision, outcome, weights_TK)
-        limits = self.limits(size)
-        return self.assemble(tokens_A, experts_A, weights_A, outcome, about, limits, broadcast)
+        rows_per_expert_E = count(experts_A, self.num_experts)
+        broadcast, limits = self.broadcast_rows(decision, outcome, weights_TK), self.limits(size)
+        metrics = self.describe_plan(count(tokens_A, num_tokens), rows_per_expert_E, limits, broadcast)
+        assigned = Assigned(tokens_A, experts_A, weights_A, rows_per_expert_E)
+        if about.spread is not None:
+            assigned = own_assignments(assigned, about.spread)
+        return self.plan_of(assigned, outcome, metrics, limits, about, broadcast)
 
 
 def best_tokens(scores_TE: Tensor, capacity: int) -> Tensor:

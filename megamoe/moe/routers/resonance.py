@@ -62,7 +62,7 @@ class ResonanceRouter(Router):
         self, config: ResonanceRouterConfig, size: RouterSize, capacity: CapacityConfig, ep: ExpertParallel = ALONE
     ) -> None:
         super().__init__(size, capacity, ep)
-        self.config, self.ops = config, size.ops
+        self.config = config
         self.centre = config.affinity != "cosine" if config.centre is None else config.centre
         self.least_scale, self.initial_scale, self.most_scale = scale_limits(config, size.hidden_size)
         if config.affinity == "cosine":

@@ -154,7 +154,7 @@ def test_no_tokens_are_no_problem() -> None:
         of = broadcast(choose=choose, top_m=2)
         decision = of.decide(torch.empty(0, EXPERTS), torch.empty(0, dtype=torch.int64))
         assert of.rows(decision, torch.empty(0, EXPERTS), torch.empty(0, 2)).weights_UE.shape == (0, EXPERTS)
-        metrics = of.metrics(decision, torch.empty(0, dtype=torch.int64), 2)
+        metrics = of.metrics(decision, torch.zeros(len(decision.chosen_T), dtype=torch.int64), 2)
         assert all(not bool(value.any()) for value, _ in metrics.values())
 
 
@@ -250,8 +250,7 @@ def test_metrics_count_tokens_and_no_padding() -> None:
     decision, real_T = of.decide(probs_TE, numbers()), numbers() >= 0
     # Token t keeps t mod 3 of its 2 choices at most; the broadcast ones have none and lack none.
     served = [0 if decision.chosen_T[t] else min(2, t % 3) for t in range(TOKENS)]
-    kept_A = torch.tensor([t for t in range(TOKENS) for _ in range(served[t])])
-    metrics = of.metrics(decision, kept_A, 2)
+    metrics = of.metrics(decision, torch.tensor(served), 2)
     assert {how for _, how in metrics.values()} == {"mean"}
     values, real = {name: value for name, (value, _) in metrics.items()}, int(real_T.sum())
     entropy = normalised_entropy(probs_TE).tolist()

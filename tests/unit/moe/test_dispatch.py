@@ -4,10 +4,13 @@ import pytest
 import torch
 
 from megamoe.moe.dispatch import build_dispatcher
-from megamoe.moe.dispatch.all_to_all import expert_order, pack, unpack
+from megamoe.moe.dispatch.all_to_all import experts_of
+from megamoe.moe.dispatch.expert_tensor import to_everyone
+from megamoe.moe.dispatch.journey import unpack
 from megamoe.moe.dispatch.local import LocalDispatcher
 from megamoe.moe.routers.base import count
 from megamoe.moe.types import RoutingPlan
+from megamoe.ops.rows import permute_rows
 from megamoe.testing import assert_equal_bits
 
 
@@ -51,10 +54,15 @@ def test_nothing_to_dispatch() -> None:
 
 
 @pytest.mark.parametrize("received", [[[2, 0, 1], [1, 3, 0]], [[0, 0], [0, 0]], [[4]], [[1], [2], [3]]], ids=str)
-def test_arrived_rows_are_put_in_the_order_of_experts(received: list[list[int]]) -> None:
-    arrived = [(e, rank, n) for rank, row in enumerate(received) for e, rows in enumerate(row) for n in range(rows)]
-    order_R = expert_order(torch.tensor(received))
-    assert [arrived[place] for place in order_R.tolist()] == sorted(arrived)
+def test_arrived_rows_are_known_by_their_experts(received: list[list[int]]) -> None:
+    arrived = [e for row in received for e, rows in enumerate(row) for _ in range(rows)]
+    assert experts_of(torch.tensor(received)).tolist() == arrived
+
+
+def test_every_row_to_everyone() -> None:
+    order = to_everyone(3, 2, torch.device("cpu"))
+    assert order.place_NK.tolist() == [[0, 3], [1, 4], [2, 5]]
+    assert order.source_M.tolist() == [0, 2, 4, 1, 3, 5]
 
 
 def test_without_a_group_everything_is_local() -> None:
@@ -70,7 +78,10 @@ def test_weights_travel_beside_rows_without_losing_a_bit(dtype: torch.dtype, row
     generator = torch.Generator().manual_seed(3)
     rows_AD, weights_A = torch.randn(rows, 6, generator=generator).to(dtype), torch.randn(rows, generator=generator)
     weights_A[:3] = torch.tensor([1e-45, float("inf"), -0.0])[:rows]
-    there_AD, there_A = unpack(pack(rows_AD, weights_A), 6, torch.float32)
+    source_A = torch.arange(rows, dtype=torch.int32)
+    values = weights_A.double() if dtype == torch.float64 else weights_A
+    packed = permute_rows(rows_AD, source_A, source_A[:, None], values[:, None])
+    there_AD, there_A = unpack(packed, 6, torch.float32)
     assert (there_AD.shape, there_AD.dtype, there_A.shape) == (rows_AD.shape, dtype, weights_A.shape)
     for there, here in zip([*there_AD, *there_A], [*rows_AD, *weights_A], strict=True):
         assert_equal_bits(there, here)

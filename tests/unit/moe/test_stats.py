@@ -13,8 +13,8 @@ def reported(pairs: list[tuple[int, int]], tokens: int, on_node: list[bool] | No
     """Of (expert, token) pairs, with K = 2 of 4 experts."""
     experts = torch.tensor([e for e, _ in pairs], dtype=torch.int64)
     on_node_E = None if on_node is None else torch.tensor(on_node)
-    tokens_A = torch.tensor([t for _, t in pairs], dtype=torch.int64)
-    metrics = stats.dispatch_metrics(torch.bincount(experts, minlength=4), tokens_A, tokens, 2, on_node_E)
+    served_T = torch.bincount(torch.tensor([t for _, t in pairs], dtype=torch.int64), minlength=tokens)
+    metrics = stats.dispatch_metrics(torch.bincount(experts, minlength=4), served_T, 2, on_node_E)
     return {name: value.reshape(-1).tolist() for name, (value, _) in metrics.items()}
 
 
