@@ -14,7 +14,7 @@ from megamoe.config.moe import CapacityConfig
 from megamoe.config.routers import ResonanceRouterConfig
 from megamoe.moe import losses, stats
 from megamoe.moe.bounds import Limits
-from megamoe.moe.decisions import best
+from megamoe.moe.decisions import best, decided
 from megamoe.moe.placement import ALONE, ExpertParallel
 from megamoe.moe.routers.base import (
     NOTHING,
@@ -29,6 +29,7 @@ from megamoe.moe.routers.base import (
 )
 from megamoe.moe.types import RoutingPlan
 from megamoe.ops.affinity import GRAP_AFFINITY, GrapAffinity, slice_owners
+from megamoe.ops.affinity_kernels import with_choice
 from megamoe.ops.precision import at_least_fp32
 from megamoe.ops.row_softmax import row_softmax
 from megamoe.parallel import collectives
@@ -104,15 +105,27 @@ class ResonanceRouter(Router):
         """The implementation of the op."""
         return GRAP_AFFINITY.choose(self.ops.grap_affinity, device, self.token_mean_D.dtype).function
 
+    def choose(self, rows_TD: Tensor) -> tuple[Tensor, Tensor | None]:
+        """delta [T, E], and the experts of each token's K largest values where the same pass gives them, [T, K]."""
+        implementation = GRAP_AFFINITY.choose(self.ops.grap_affinity, rows_TD.device, self.token_mean_D.dtype).name
+        if self.config.affinity == "cosine" or implementation != "kernels":
+            return self.affinity(rows_TD), None
+        mean_D = self.token_mean_D if self.centre else None
+        values_D = self.slice_values if self.config.affinity == "grap_learned" else None
+        return with_choice(rows_TD, mean_D, values_D, self.num_experts, self.top_k)
+
     def forward(self, rows_TD: Tensor, about: Rows = NOTHING) -> RoutingPlan:
-        affinity_TE = self.affinity(rows_TD)
+        affinity_TE, chosen_TK = self.choose(rows_TD)
         kappa = self.scale()
         logits_TE = kappa * affinity_TE
         if about.spread is not None:  # as one message
             both = about.whole(torch.cat([affinity_TE.detach(), logits_TE], dim=1))
             affinity_TE, logits_TE = both.detach()[:, : self.num_experts], both[:, self.num_experts :]
         probs_TE = row_softmax(logits_TE)
-        expert_ids_TK = best(affinity_TE, self.top_k)
+        if chosen_TK is None or about.spread is not None:
+            expert_ids_TK = best(affinity_TE, self.top_k)
+        else:
+            expert_ids_TK = decided(chosen_TK.long)
         affinity_TK = affinity_TE.detach().gather(1, expert_ids_TK)
         weights_TK = probs_TE.gather(1, expert_ids_TK)
         if self.top_k > 1:
