@@ -1,11 +1,14 @@
 #!/usr/bin/env bash
-# Makes .venv and installs megamoe into it, with the exact versions of docker/constraints.txt.
+# Makes .venv and installs megamoe into it, with the exact versions of docker/constraints.txt; where a C++ compiler is,
+# the compiled ops of kernels/ as well.
 #
 #   bash launch/setup.sh [extra ...]        extras of pyproject.toml: test, dev, monitor, bench
 #
 # Runs again in a moment when nothing changed, and picks up where it stopped when it was interrupted.
 #   PYTHON=python3.12        the interpreter to build on (default: the first of 3.11 and 3.12 that works)
 #   MEGAMOE_SYSTEM_SITE=1    use the torch that the interpreter already has (NGC container, cluster module)
+#   MEGAMOE_KERNELS_CUDA=1   compile the ops for CUDA too, with nvcc (default: where an NVIDIA GPU is; 0: never)
+#   MEGAMOE_KERNELS_REQUIRE=1   stop where compiled ops would be left out
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -56,6 +59,36 @@ fingerprint() {
         echo "system site: ${MEGAMOE_SYSTEM_SITE:-0}, gpu: $(has_gpu && echo yes || echo no)"
         pwd
     } | cksum | tr ' ' -
+}
+
+# Everything that decides what the compiled ops become.
+kernels_fingerprint() {
+    {
+        find kernels/*.py kernels/pyproject.toml kernels/csrc kernels/stub kernels/megamoe_kernels/*.py -type f -print0 |
+            sort -z | xargs -0 cksum
+        compiler --version || true
+        wants_cuda && nvcc --version
+        echo "${CXX:-} ${CUDACXX:-} ${MEGAMOE_KERNELS_CUDA_ARCHS:-} ${MEGAMOE_KERNELS_REQUIRE:-0}"
+    } 2>&1 | cksum | tr ' ' -
+}
+
+# compiler ARGUMENT...: call the C++ compiler; fails where there is none.
+compiler() {
+    local candidate
+    for candidate in ${CXX:-g++ c++ clang++}; do
+        command -v "$candidate" >/dev/null || continue
+        "$candidate" "$@"
+        return
+    done
+    return 1
+}
+
+wants_cuda() {
+    case ${MEGAMOE_KERNELS_CUDA:-} in
+        0) return 1 ;;
+        1) return 0 ;;
+        *) has_gpu ;;
+    esac
 }
 
 has_gpu() { command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; }
@@ -134,19 +167,39 @@ install() {
     pip_install -c "$constraints" -e ".${extras:+[$extras]}" || fail_with_log megamoe
 }
 
+# Optional: whatever is in the way, megamoe works without them, and this script goes on.
+install_kernels() {
+    local cuda=0
+    wants_cuda && cuda=1
+    # Those of an earlier run are of other sources, and would stay where building fails.
+    "$VENV/bin/python" -m pip uninstall -y megamoe-kernels >>"$LOG" 2>&1 || true
+    if [[ ${MEGAMOE_KERNELS_REQUIRE:-0} != 1 ]] && ! compiler --version >/dev/null 2>&1; then
+        say "no compiled ops, because no C++ compiler was found; everything works without them"
+    elif MEGAMOE_KERNELS_CUDA=$cuda pip_install --no-deps ./kernels; then
+        say "compiled ops: $("$VENV/bin/python" -c 'import megamoe_kernels as k; print(*k.what()["built"])')"
+    elif [[ ${MEGAMOE_KERNELS_REQUIRE:-0} == 1 ]]; then
+        fail_with_log megamoe-kernels
+    else
+        say "no compiled ops, because building them failed (see $LOG); everything works without them"
+    fi
+}
+
 main() {
     make_venv
-    local done_fingerprint="" done_extras="" wanted missing=""
-    [[ -f $STAMP ]] && { read -r done_fingerprint && read -r done_extras; } <"$STAMP" || true
+    local done_fingerprint="" done_extras="" done_kernels="" wanted missing=""
+    [[ -f $STAMP ]] && { read -r done_fingerprint && read -r done_extras && read -r done_kernels; } <"$STAMP" || true
     # Extras add up, so that quickstart and tests/run.sh do not undo each other.
     wanted=$({ printf '%s\n' "$@" && tr , '\n' <<<"$done_extras"; } | sort -u | sed '/^$/d' | paste -sd, -)
     [[ $wanted == "$done_extras" ]] || missing=yes
-    if [[ $done_fingerprint == "$(fingerprint)" && -z $missing ]]; then
+    if [[ $done_fingerprint != "$(fingerprint)" || -n $missing ]]; then
+        rm -f "$STAMP"
+        install "$wanted"
+    elif [[ $done_kernels == "$(kernels_fingerprint)" ]]; then
         return
     fi
-    rm -f "$STAMP"
-    install "$wanted"
-    printf '%s\n%s\n' "$(fingerprint)" "$wanted" >"$STAMP"
+    printf '%s\n' "$(fingerprint)" "$wanted" >"$STAMP"
+    install_kernels
+    kernels_fingerprint >>"$STAMP"
     say "ready in ${SECONDS} s"
 }
 

@@ -17,6 +17,7 @@ COMMANDS = {
     "bench": "measure against other implementations",
     "check": "check a configuration and show what it means",
     "data": "prepare and inspect training data",
+    "doctor": "show versions, compiled kernels, and which implementation of every op runs here",
     "parity": "prove that every parallel layout trains the same model as one process",
     "study": "train several arms over several seeds and compare them",
 }

@@ -60,7 +60,7 @@ def reference(
     expert_A = torch.where((expert_A < 0) | (expert_A >= num_experts), nobody, expert_A)
     limit_E = _limits(expert_A, num_experts, capacity_E, slots)
     if keys_TK is not None and (slots or capacity_E is not None):
-        by_key_A = torch.sort(keys_TK.detach().reshape(-1), descending=True, stable=True).indices
+        by_key_A = torch.sort(keys_TK.reshape(-1), descending=True, stable=True).indices
         expert_A = torch.where(_rank(expert_A, num_experts, by_key_A) < limit_E[expert_A], expert_A, nobody)
 
     rows = num_experts * slots if slots else max_rows or choices

@@ -79,8 +79,9 @@ def test_an_unknown_kind_is_refused() -> None:
 
 
 def test_the_host_waits_for_nothing() -> None:
+    tensors = [t.detach() for t in case(torch.float32)]
     with FakeTensorMode() as fake:  # has shapes only: whoever asks for a number fails
-        tensors = [fake.from_tensor(t.detach()).requires_grad_() for t in case(torch.float32)]
+        tensors = [fake.from_tensor(t).requires_grad_() for t in tensors]
         reference(*tensors, fake.from_tensor(torch.tensor([2, 2]))).sum().backward()
 
 
