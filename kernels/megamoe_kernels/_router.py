@@ -1,4 +1,4 @@
-"""Shapes and gradients of grap_fwd, grap_bwd, grap_bwd_into, router_fwd and router_bwd."""
+"""Shapes and gradients of grap_fwd, grap_bwd, router_fwd and router_bwd."""
 
 from __future__ import annotations
 
@@ -30,13 +30,6 @@ def _grap_bwd(
     grad: Tensor, x: Tensor, unit: Tensor, mean: Tensor, affinity: Tensor, inverse: Tensor
 ) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), torch.empty_like(unit)
-
-
-@torch.library.register_fake("megamoe::grap_bwd_into")
-def _grap_bwd_into(
-    grad: Tensor, x: Tensor, unit: Tensor, mean: Tensor, affinity: Tensor, inverse: Tensor, dx: Tensor
-) -> Tensor:
-    return torch.empty_like(unit)
 
 
 def _save_grap(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -9,7 +9,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megamoe.ops.kernels import unavailable as without_kernels
-from megamoe.ops.memory import recycled_like
 from megamoe.ops.precision import at_least_fp32
 from megamoe.ops.slices import through_length, unit_values
 
@@ -33,8 +32,7 @@ class _KernelAffinity(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         rows_TD, unit_D, length_D, mean_D, affinity_TE, inverse_T = ctx.saved_tensors
         saved = (rows_TD, unit_D, mean_D, affinity_TE, inverse_T)
-        d_rows_TD = recycled_like(rows_TD)
-        d_unit_D = torch.ops.megamoe.grap_bwd_into(grads[0].contiguous(), *saved, d_rows_TD)
+        d_rows_TD, d_unit_D = torch.ops.megamoe.grap_bwd(grads[0].contiguous(), *saved)
         d_values_D = None
         if ctx.needs_input_grad[2]:
             d_values_D = through_length(d_unit_D, unit_D, length_D, affinity_TE.shape[1])

@@ -31,23 +31,17 @@ Outputs grap_fwd_cpu(const Tensor& x, const Tensor& unit, const Tensor& mean, in
   return outputs;
 }
 
-Tensor grap_bwd_into_cpu(const Tensor& grad, const Tensor& x, const Tensor& unit, const Tensor& mean,
-                         const Tensor& affinity, const Tensor& inverse, Tensor dx) {
-  const RouterSizes sizes = check_grap_bwd(grad, x, unit, mean, affinity, inverse, dx);
+Gradients grap_bwd_cpu(const Tensor& grad, const Tensor& x, const Tensor& unit, const Tensor& mean,
+                       const Tensor& affinity, const Tensor& inverse) {
+  const RouterSizes sizes = check_grap_bwd(grad, x, unit, mean, affinity, inverse);
+  const Tensor dx = empty({sizes.tokens, sizes.width}, x.scalar_type(), x);
   const Tensor d_unit = empty({sizes.width}, wide_of(x.scalar_type()), x);
   by_dtype<float, BFloat16, Half, double>({"grap_bwd", "x", x}, [&]<typename X>() {
     using A = Wide<X>;
     grap_bwd(rows_in<A>(grad), rows_in<X>(x), in<A>(unit), in<A>(mean), in<A>(affinity), in<A>(inverse),
              rows_out<X>(dx), out<A>(d_unit));
   });
-  return d_unit;
-}
-
-Gradients grap_bwd_cpu(const Tensor& grad, const Tensor& x, const Tensor& unit, const Tensor& mean,
-                       const Tensor& affinity, const Tensor& inverse) {
-  Argument{"grap_bwd", "x", x}.rows();
-  const Tensor dx = empty({x.size(0), x.size(1)}, x.scalar_type(), x);
-  return {dx, grap_bwd_into_cpu(grad, x, unit, mean, affinity, inverse, dx)};
+  return {dx, d_unit};
 }
 
 Outputs router_fwd_cpu(const Tensor& x, const Tensor& vectors, const std::optional<Tensor>& mean, bool normalize,
@@ -89,11 +83,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(megamoe, m) {
   m.def(
       "grap_bwd(Tensor grad, Tensor x, Tensor unit, Tensor mean, Tensor affinity, Tensor inverse)"
       " -> (Tensor dx, Tensor dunit)");
-  // Into memory of the caller: rows of x's size come back in every step, and freshly mapped memory costs a CPU as much time
-  // as the arithmetic.
-  m.def(
-      "grap_bwd_into(Tensor grad, Tensor x, Tensor unit, Tensor mean, Tensor affinity, Tensor inverse, Tensor(a!) dx)"
-      " -> Tensor dunit");
   m.def(
       "router_fwd(Tensor x, Tensor vectors, Tensor? mean, bool normalize, int top_k)"
       " -> (Tensor scores, Tensor inverse, Tensor experts)");
@@ -105,7 +94,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(megamoe, m) {
 STABLE_TORCH_LIBRARY_IMPL(megamoe, CPU, m) {
   m.impl("grap_fwd", TORCH_BOX(&mm::grap_fwd_cpu));
   m.impl("grap_bwd", TORCH_BOX(&mm::grap_bwd_cpu));
-  m.impl("grap_bwd_into", TORCH_BOX(&mm::grap_bwd_into_cpu));
   m.impl("router_fwd", TORCH_BOX(&mm::router_fwd_cpu));
   m.impl("router_bwd", TORCH_BOX(&mm::router_bwd_cpu));
 }

@@ -77,11 +77,12 @@ Outputs grap_fwd(Tensor x, Tensor unit, Tensor mean, int64_t experts, int64_t k)
   return outputs;
 }
 
-Tensor grap_bwd_into(Tensor grad, Tensor x, Tensor unit, Tensor mean, Tensor affinity, Tensor inverse, Tensor dx) {
+Gradients grap_bwd(Tensor grad, Tensor x, Tensor unit, Tensor mean, Tensor affinity, Tensor inverse) {
   constexpr const char* op = "grap_bwd";
-  const RouterSizes sizes = check_grap_bwd(grad, x, unit, mean, affinity, inverse, dx);
+  const RouterSizes sizes = check_grap_bwd(grad, x, unit, mean, affinity, inverse);
   check_sizes(op, sizes);
   const OnDeviceOf device(x);
+  const Tensor dx = empty({sizes.tokens, sizes.width}, x.scalar_type(), x);
   const Tensor d_unit = empty({sizes.width}, ScalarType::Float, x);
   by_dtype<float, __nv_bfloat16, __half>({op, "x", x}, [&]<typename X>() {
     const auto run = [&]<int Bytes>() {
@@ -104,13 +105,7 @@ Tensor grap_bwd_into(Tensor grad, Tensor x, Tensor unit, Tensor mean, Tensor aff
     };
     in_units<X>(sizes.width, x, dx) ? run.template operator()<16>() : run.template operator()<sizeof(X)>();
   });
-  return d_unit;
-}
-
-Gradients grap_bwd(Tensor grad, Tensor x, Tensor unit, Tensor mean, Tensor affinity, Tensor inverse) {
-  Argument{"grap_bwd", "x", x}.rows();
-  const Tensor dx = empty({x.size(0), x.size(1)}, x.scalar_type(), x);
-  return {dx, grap_bwd_into(grad, x, unit, mean, affinity, inverse, dx)};
+  return {dx, d_unit};
 }
 
 template <typename X>
@@ -187,7 +182,6 @@ Gradients router_bwd(Tensor grad, Tensor x, Tensor vectors, std::optional<Tensor
 STABLE_TORCH_LIBRARY_IMPL(megamoe, CUDA, m) {
   m.impl("grap_fwd", TORCH_BOX(&mm::grap_fwd));
   m.impl("grap_bwd", TORCH_BOX(&mm::grap_bwd));
-  m.impl("grap_bwd_into", TORCH_BOX(&mm::grap_bwd_into));
   m.impl("router_fwd", TORCH_BOX(&mm::router_fwd));
   m.impl("router_bwd", TORCH_BOX(&mm::router_bwd));
 }

@@ -33,7 +33,7 @@ inline RouterSizes check_grap_fwd(const Tensor& x, const Tensor& unit, const Ten
 }
 
 inline RouterSizes check_grap_bwd(const Tensor& grad, const Tensor& x, const Tensor& unit, const Tensor& mean,
-                                  const Tensor& affinity, const Tensor& inverse, const Tensor& dx) {
+                                  const Tensor& affinity, const Tensor& inverse) {
   constexpr const char* op = "grap_bwd";
   const ScalarType wide = wide_of(x.scalar_type());
   Argument{op, "x", x}.rows();
@@ -43,7 +43,6 @@ inline RouterSizes check_grap_bwd(const Tensor& grad, const Tensor& x, const Ten
   check_feature_vector(op, "mean", mean, x);
   Argument{op, "affinity", affinity}.dtype({wide}).shape({x.size(0), grad.size(1)}).contiguous().on(x);
   Argument{op, "inverse", inverse}.dtype({wide}).shape({x.size(0)}).contiguous().on(x);
-  Argument{op, "dx", dx}.dtype({x.scalar_type()}).rows().shape({x.size(0), x.size(1)}).on(x);
   return {x.size(0), x.size(1), grad.size(1)};
 }
 
