@@ -5,7 +5,6 @@ from __future__ import annotations
 import atexit
 import os
 import sys
-import threading
 import time
 from collections.abc import Callable
 from typing import NoReturn
@@ -26,10 +25,12 @@ def run_main(main: Callable[[], int | None]) -> NoReturn:
     rank that is still there afterwards has an error of its own, and prints it, marked with its rank. A rank that
     only lost another one waits as well.
     """
+    ended: list[int] = []
+    atexit.register(_leave_as, ended)  # first, so it runs last: what `main` loads has handlers of its own
     try:
         code = main()
         if _num_ranks() > 1:
-            leave(code or 0)
+            ended.append(code or 0)
         sys.exit(code)
     except MegamoeError as error:
         report(error)
@@ -42,21 +43,19 @@ def run_main(main: Callable[[], int | None]) -> NoReturn:
         sys.exit(1)
 
 
-def leave(code: int) -> NoReturn:
-    """End the process as if the interpreter ended, but for its own end: exit handlers run, and buffers are written.
+def _leave_as(code: list[int]) -> None:
+    """The last exit handler: once `code` has an entry, the process ends with it here, before the interpreter's own end.
 
     A thread of the communication may still be dropping the tensors of a collective that is long done. Were the
     interpreter gone by then, it would be killed in a place that allows no such thing, and the whole process with it
     ("terminate called without an active exception"): a failed job after a finished training.
     """
-    for thread in threading.enumerate():
-        if thread is not threading.current_thread() and not thread.daemon:
-            thread.join(LINGER_SECONDS)
-    atexit._run_exitfuncs()
+    if not code:
+        return
     for stream in (sys.stdout, sys.stderr):
         if stream is not None:
             stream.flush()
-    os._exit(code)
+    os._exit(code[0])
 
 
 def report(error: MegamoeError) -> None:

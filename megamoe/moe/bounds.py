@@ -266,7 +266,9 @@ def misranked_pairs(affinity_TE: Tensor, hidden_size: int) -> tuple[Tensor, Tens
     root = math.sqrt(hidden_size)
     scaled_TE = torch.asinh(affinity_TE.float() * root) * (BINS / (2 * math.asinh(root))) + BINS / 2
     bins_TE = scaled_TE.long().clamp_(0, BINS - 1)
-    own_TE = torch.nn.functional.one_hot(affinity_TE.argmax(-1), num_experts).to(torch.long)
+    own_TE = (affinity_TE.argmax(-1, keepdim=True) == torch.arange(num_experts, device=affinity_TE.device)).to(
+        torch.long
+    )
     # One histogram per expert and side: index (side, expert, bin).
     place_TE = (own_TE * num_experts + torch.arange(num_experts, device=affinity_TE.device)) * BINS + bins_TE
     # Not bincount: on a GPU it would make the host wait.

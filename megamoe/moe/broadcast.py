@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -29,13 +30,14 @@ class Broadcast(nn.Module):
         config: what counts as uncertain, slots, weights.
         num_experts: E.
         layer: number of the block, so that random choices differ between blocks.
+        plan: implementation of the op that gives slots.
     """
 
     threshold: Tensor
 
-    def __init__(self, config: BroadcastConfig, num_experts: int, layer: int = 0) -> None:
+    def __init__(self, config: BroadcastConfig, num_experts: int, layer: int = 0, plan: str = "auto") -> None:
         super().__init__()
-        self.config, self.num_experts, self.layer = config, num_experts, layer
+        self.config, self.num_experts, self.layer, self.plan = config, num_experts, layer, plan
         # In the checkpoint where it is measured, on a model that changes afterwards. NaN: not measured yet.
         measured = config.threshold == "quantile"
         value = torch.tensor(math.nan if measured else config.entropy, dtype=torch.float32)
@@ -58,12 +60,13 @@ class Broadcast(nn.Module):
         lengths_T = _count(sequences_T, real_T)
         slots_T = (self.config.max_share * lengths_T.double() - 1e-9).ceil().long()
         drop: Drop = "position" if self.config.slots == "first" else "affinity"
-        chosen_T = _first(uncertain_T, entropy_T, sequences_T, slots_T, drop)
+        first = partial(_first, plan=self.plan)
+        chosen_T = first(uncertain_T, entropy_T, sequences_T, slots_T, drop)
         if self.config.choose == "lowest_entropy":
-            chosen_T = _first(real_T, -entropy_T, sequences_T, _count(sequences_T, chosen_T), "affinity")
+            chosen_T = first(real_T, -entropy_T, sequences_T, _count(sequences_T, chosen_T), "affinity")
         elif self.config.choose == "random":
             seed = self.layer if token_ids_T is None else token_ids_T.sum() + self.layer
-            chosen_T = _first(real_T, entropy_T, sequences_T, _count(sequences_T, chosen_T), "random", seed)
+            chosen_T = first(real_T, entropy_T, sequences_T, _count(sequences_T, chosen_T), "random", seed)
         return Decision(entropy_T, real_T, uncertain_T, chosen_T)
 
     def rows(self, decision: Decision, probs_TE: Tensor, weights_TK: Tensor) -> BroadcastRows:
@@ -127,14 +130,22 @@ def _uncertain_among_dropped(decision: Decision, served_T: Tensor, top_k: int) -
 
 
 def _first(
-    candidates_T: Tensor, priority_T: Tensor, sequences_T: Tensor, slots_T: Tensor, drop: Drop, seed: Tensor | int = 0
+    candidates_T: Tensor,
+    priority_T: Tensor,
+    sequences_T: Tensor,
+    slots_T: Tensor,
+    drop: Drop,
+    seed: Tensor | int = 0,
+    plan: str = "auto",
 ) -> Tensor:
     """Of each sequence's candidates the first `slots_T[sequence]`, bool [T]. The same op as experts' choice, with
     sequences in place of experts."""
     nobody = len(candidates_T)
     sequences_T = torch.where(candidates_T, sequences_T, nobody)
     capacity = torch.cat([slots_T, slots_T.new_zeros(1)])
-    return keep_within(priority_T, sequences_T, nobody + 1, capacity_E=capacity, drop=drop, seed=seed)
+    return keep_within(
+        priority_T, sequences_T, nobody + 1, capacity_E=capacity, drop=drop, seed=seed, implementation=plan
+    )
 
 
 def _count(sequences_T: Tensor, which_T: Tensor) -> Tensor:

@@ -12,9 +12,6 @@ from megamoe.ops.plan import plan_rows
 
 Drop = Literal["affinity", "position", "random"]
 
-COMPILED_EXPERTS = 1024
-"""The compiled op `plan` counts no more on a GPU. Experts never are as many; sequences that choose tokens may be."""
-
 
 def keep_within(
     affinity_A: Tensor,
@@ -63,8 +60,6 @@ def _kept(
     implementation: str,
 ) -> Tensor:
     keys_A1 = None if priority_A is None else priority_A[:, None]
-    if num_experts > COMPILED_EXPERTS or (priority_A is not None and priority_A.dtype == torch.float64):
-        implementation = "reference"
     plan = plan_rows(expert_ids_A[:, None], num_experts, keys_A1, capacity_E, implementation=implementation)
     return plan.place_TK[:, 0] >= 0
 

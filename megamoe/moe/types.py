@@ -44,11 +44,11 @@ class RoutingPlan(NamedTuple):
     token_ids_A: Tensor
     """int64 [A]: row of this rank."""
     expert_ids_A: Tensor
-    """int64 [A]: global expert, ascending."""
+    """int64 [A]: global expert, ascending; E: nobody's."""
     weights_A: Tensor
     """fp32 [A]: gate weight, differentiable."""
     rows_per_expert_E: Tensor
-    """int64 [E]: number of assignments of each expert; sums to A."""
+    """int64 [E]: number of assignments of each expert; sums to A or less."""
     logits_TE: Tensor
     """fp32 [T, E]: router logits. Where the rows are a part of a micro-batch with padding, those of real rows only."""
     losses: dict[str, Tensor]

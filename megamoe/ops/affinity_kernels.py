@@ -12,6 +12,9 @@ from megamoe.ops.kernels import unavailable as without_kernels
 from megamoe.ops.precision import at_least_fp32
 from megamoe.ops.slices import through_length, unit_values
 
+LARGEST_ON_GPU = 1024, 16384
+"""Experts and features that the compiled op takes there."""
+
 
 class _KernelAffinity(torch.autograd.Function):
     """One node for the slices' lengths and the ops: per layer, nodes cost the host more than their arithmetic."""
@@ -58,6 +61,11 @@ def with_choice(
 def compiled(rows_TD: Tensor, mean_D: Tensor | None, values_D: Tensor | None, num_experts: int) -> Tensor:
     """As :func:`megamoe.ops.affinity.reference`; the fastest one where it can run."""
     return with_choice(rows_TD, mean_D, values_D, num_experts, top_k=0)[0]
+
+
+def compiled_takes(device: torch.device, num_experts: int, hidden_size: int) -> bool:
+    """A GPU's block keeps a token's slices in the memory that its threads share."""
+    return device.type != "cuda" or (num_experts <= LARGEST_ON_GPU[0] and hidden_size <= LARGEST_ON_GPU[1])
 
 
 def unavailable(device: torch.device, dtype: torch.dtype) -> str:

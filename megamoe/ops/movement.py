@@ -140,6 +140,7 @@ PERMUTE_ROWS: Op[PermuteRows] = Op(
         "kernels", _permute_rows_kernel, lambda device, dtype: kernels.unavailable("permute_rows", device, dtype)
     ),
     Implementation("reference", permute_rows_reference),
+    key="rows",
 )
 UNPERMUTE_ROWS: Op[UnpermuteRows] = Op(
     "unpermute_rows",
@@ -147,4 +148,5 @@ UNPERMUTE_ROWS: Op[UnpermuteRows] = Op(
         "kernels", _unpermute_rows_kernel, lambda device, dtype: kernels.unavailable("unpermute_rows", device, dtype)
     ),
     Implementation("reference", unpermute_rows_reference),
+    key="rows",
 )

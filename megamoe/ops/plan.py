@@ -11,6 +11,9 @@ from torch import Tensor
 from megamoe.ops.kernels import unavailable
 from megamoe.ops.registry import Implementation, Op
 
+LARGEST_ON_GPU = 1024
+"""Experts that the compiled op counts there."""
+
 
 class Plan(NamedTuple):
     """Where the rows of an expert layer come from and where each choice went. Nobody and nowhere are -1.
@@ -127,6 +130,13 @@ PLAN: Op[Planner] = Op(
 )
 
 
+def _compiled_takes(num_experts: int, keys_TK: Tensor | None, device: torch.device) -> bool:
+    """A GPU's blocks count the rows of all experts in the memory that they share; keys of a proof in fp64 are wider."""
+    if device.type == "cuda" and num_experts > LARGEST_ON_GPU:
+        return False
+    return keys_TK is None or keys_TK.dtype in (torch.float32, torch.int32)
+
+
 def plan_rows(
     experts_TK: Tensor,
     num_experts: int,
@@ -142,5 +152,7 @@ def plan_rows(
     Raises:
         KernelUnavailable: `implementation` names one that cannot run here.
     """
+    if implementation == "auto" and not _compiled_takes(num_experts, keys_TK, experts_TK.device):
+        implementation = "reference"
     run = PLAN.choose(implementation, experts_TK.device, torch.float32).function
     return run(experts_TK, num_experts, keys_TK, capacity_E, slots, max_rows)

@@ -41,10 +41,14 @@ class Choice(Generic[Fn]):
 
 
 class Op(Generic[Fn]):
-    """The implementations of one op, in order of preference for `auto`."""
+    """The implementations of one op, in order of preference for `auto`.
 
-    def __init__(self, name: str, *implementations: Implementation[Fn]) -> None:
-        self.name = name
+    Args:
+        key: what chooses in section `ops` of the configuration, where that is not called as the op.
+    """
+
+    def __init__(self, name: str, *implementations: Implementation[Fn], key: str = "") -> None:
+        self.name, self.key = name, key or name
         self.implementations = implementations
 
     def choose(self, wanted: str, device: torch.device, dtype: torch.dtype) -> Choice[Fn]:
@@ -66,7 +70,7 @@ class Op(Generic[Fn]):
             passed_over.append(f"{implementation.name}: {reason}")
         raise KernelUnavailable(
             f"no implementation of op {self.name} can run",
-            got=f"ops.{self.name}={wanted} on {device.type} in {dtype}; " + "; ".join(passed_over),
+            got=f"ops.{self.key}={wanted} on {device.type} in {dtype}; " + "; ".join(passed_over),
             expected="one of: auto, " + ", ".join(i.name for i in self.implementations),
-            todo=f"set ops.{self.name}: auto",
+            todo=f"set ops.{self.key}: auto",
         )

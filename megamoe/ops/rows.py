@@ -45,9 +45,24 @@ def permute_rows(
 
 
 def unpermute_rows(rows_RD: Tensor, place_TK: Tensor, source_R: Tensor, *, implementation: str = "auto") -> Tensor:
-    """Their sum back to the tokens; see :func:`megamoe.ops.movement.unpermute_rows_reference`."""
-    run = UNPERMUTE_ROWS.choose(implementation, rows_RD.device, rows_RD.dtype).function
-    return run(rows_RD, place_TK, source_R, None)
+    """Their sum back to the tokens; see :func:`megamoe.ops.movement.unpermute_rows_reference`. Saves for the backward
+    pass as :func:`sum_rows` does."""
+    summed_TD: Tensor = _UnpermuteRows.apply(rows_RD, place_TK, source_R, implementation)
+    return summed_TD
+
+
+class _UnpermuteRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows_RD: Tensor, place_TK: Tensor, source_R: Tensor, implementation: str) -> Tensor:
+        ctx.place_TK, ctx.source_R, ctx.implementation = place_TK, source_R, implementation
+        run = UNPERMUTE_ROWS.choose(implementation, rows_RD.device, rows_RD.dtype).function
+        return run(rows_RD, place_TK, source_R, None)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        d_rows_RD = permute_rows(grads[0].contiguous(), ctx.source_R, ctx.place_TK, implementation=ctx.implementation)
+        return d_rows_RD, None, None, None
 
 
 class _SumRows(torch.autograd.Function):

@@ -11,9 +11,18 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-OPS = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_consecutive", "equal")
+OPS = (
+    "_local_scalar_dense",
+    "nonzero",
+    "masked_select",
+    "_unique2",
+    "unique_dim",
+    "unique_consecutive",
+    "equal",
+    "bincount",
+)
 """Ops whose result, or the shape of it, the host has to know before it goes on."""
-METHODS = ("tolist", "numpy", "cpu", "__iter__")
+METHODS = ("tolist", "numpy", "cpu", "__iter__", "allclose")
 """Of tensors, which a CPU tensor answers without an op."""
 
 
@@ -65,6 +74,7 @@ class _Methods(TorchFunctionMode):
         self.found = found
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if getattr(func, "__name__", "") in METHODS:
-            self.found.append(func.__name__)
+        name, goes_to = getattr(func, "__name__", ""), [*args[1:2], (kwargs or {}).get("device")]
+        if name in METHODS or (name == "to" and any(str(place) == "cpu" for place in goes_to)):
+            self.found.append(name)
         return func(*args, **(kwargs or {}))

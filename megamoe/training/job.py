@@ -19,6 +19,8 @@ from megamoe.model.decoder import Decoder, replicated
 from megamoe.model.pipeline import DecoderStage
 from megamoe.moe.layer import MoELayer
 from megamoe.ops.expert_ffn import EXPERT_FFN
+from megamoe.ops.movement import PERMUTE_ROWS, UNPERMUTE_ROWS
+from megamoe.ops.plan import PLAN
 from megamoe.parallel import collectives
 from megamoe.parallel.axis import axis_of
 from megamoe.parallel.regions import sum_replicated_gradients
@@ -119,7 +121,8 @@ def build_engine(config: RunConfig, runtime: Runtime, vocab_size: int, fill: Cal
         _prepare(model, config, runtime, fill)
         engine = Engine(config, model, groups)
     parameter = next(engine.model.parameters())
-    log.info("%s", EXPERT_FFN.choose(config.ops.expert_ffn, parameter.device, parameter.dtype))
+    for op in (PLAN, PERMUTE_ROWS, UNPERMUTE_ROWS, EXPERT_FFN):
+        log.info("%s", op.choose(getattr(config.ops, op.key), parameter.device, parameter.dtype))
     for remark in _remarks(config, engine.model):
         log.info("%s", remark)
     return engine

@@ -44,7 +44,9 @@ class AllToAllDispatcher(Dispatcher):
         splits = Splits(self.group, sent_PL.sum(1).tolist(), received_PL.sum(1).tolist(), self.ops)
         rows, choices = leaving(rows_TD, plan)
         leave = Order(choices.place_TK, choices.source_A[: sum(splits.send or ())])
-        arrival = travel(rows, choices, leave, splits, lambda weights_R: (experts_of(received_PL), len(sent_PL[0])))
+        arrival = travel(
+            rows, choices, leave, splits, lambda weights_R: (experts_of(received_PL, len(weights_R)), sent_PL.shape[1])
+        )
         exchange = _Exchange(leave, splits, arrival.order)
         sent_bytes = self._sent_bytes(splits, rows_TD, plan)
         handle = DispatchHandle(arrival.weights_R, plan, rows_TD.shape[0], exchange, sent_bytes)
@@ -64,15 +66,16 @@ class AllToAllDispatcher(Dispatcher):
         return values * rows_TD.element_size() + counts
 
 
-def experts_of(received_PL: Tensor) -> Tensor:
+def experts_of(received_PL: Tensor, num_rows: int) -> Tensor:
     """Local expert of each arrived row, int64 [R]: they come by source rank, and of each rank by expert.
 
     Args:
         received_PL: int64 [P, L], rows that each rank sent for each local expert.
+        num_rows: R, their sum, so that the host need not ask for it.
     """
     num_ranks, num_local = received_PL.shape
     experts = torch.arange(num_local, device=received_PL.device).repeat(num_ranks)
-    return torch.repeat_interleave(experts, received_PL.reshape(-1))
+    return torch.repeat_interleave(experts, received_PL.reshape(-1), output_size=num_rows)
 
 
 class AllToAll(torch.autograd.Function):

@@ -54,7 +54,13 @@ class ExpertTensorDispatcher(Dispatcher):
         weights_RP = inner.weights_R[:held, None].expand(held, num_parts)
         choices = Choices(leave.place_NK, weights_RP, leave.place_NK, leave.source_M)
         num_local = len(rows_per_expert_L)
-        arrival = travel(rows_RD[:held], choices, leave, splits, lambda weights_Q: (experts_of(received_PL), num_local))
+        arrival = travel(
+            rows_RD[:held],
+            choices,
+            leave,
+            splits,
+            lambda weights_Q: (experts_of(received_PL, len(weights_Q)), num_local),
+        )
         exchange = _Exchange(leave, splits, arrival.order, len(rows_RD) - held, inner)
         sent_bytes = inner.sent_bytes + self._sent_bytes(splits, rows_RD, inner.weights_R, num_local)
         handle = inner._replace(weights_R=arrival.weights_R, state=exchange, sent_bytes=sent_bytes)

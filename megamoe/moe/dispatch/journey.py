@@ -91,7 +91,9 @@ class _There(torch.autograd.Function):
         move = splits.ops.rows
         values = weights.to(_together(rows, weights)).contiguous()
         sent = permute_rows(rows, leave.source_M, leave.place_NK, values, EMPTY, implementation=move)
-        arrived_rows, arrived_weights = unpack(splits.there(sent), rows.shape[1], weights.dtype)
+        arrived = splits.there(sent)
+        del sent
+        arrived_rows, arrived_weights = unpack(arrived, rows.shape[1], weights.dtype)
         experts, num_local = by_expert(arrived_weights)
         place, source, rows_per_expert = plan_rows(experts[:, None], num_local, implementation=splits.ops.plan)
         ctx.leave, ctx.splits, ctx.arrive = leave, splits, Order(place, source)
@@ -105,10 +107,11 @@ class _There(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         d_rows, d_weights = grads[:2]
         back, leave = ctx.arrive.backwards(), ctx.leave
-        d_rows, values = d_rows.contiguous(), d_weights.to(_together(d_rows, d_weights))[:, None]
+        d_rows, values = d_rows.contiguous(), d_weights.to(_together(d_rows, d_weights))[:, None].contiguous()
         move = ctx.splits.ops.rows
         packed = permute_rows(d_rows, back.source_M, back.place_NK, values, 0.0, implementation=move)
         returned = ctx.splits.back(packed)
+        del packed
         home_rows, home_weights = unpack(returned, d_rows.shape[1], d_weights.dtype)
         d_home = unpermute_rows(home_rows, leave.place_NK, leave.source_M, implementation=move)
         return d_home, _values_at(home_weights, leave.place_NK), None, None, None
@@ -117,7 +120,8 @@ class _There(torch.autograd.Function):
 class _Home(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, arrive: Order, leave: Order, splits: Splits) -> Tensor:
-        # As attributes: what is saved for backward, a recomputed pass would have to reach.
+        # As attributes: what is saved for backward, a recomputed pass would have to reach. So these indices, 16 bytes
+        # of each choice, stay where other activations do not.
         ctx.arrive, ctx.leave, ctx.splits = arrive, leave, splits
         back = arrive.backwards()
         move = splits.ops.rows

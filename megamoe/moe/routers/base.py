@@ -139,7 +139,11 @@ class Router(nn.Module, ABC):
         super().__init__()
         self.hidden_size, self.num_experts, self.top_k = size.hidden_size, size.num_experts, size.top_k
         self.capacity, self.ep, self.layer, self.ops = capacity, ep, size.layer, size.ops
-        self.broadcast = Broadcast(size.broadcast, size.num_experts, size.layer) if size.broadcast is not None else None
+        self.broadcast = (
+            Broadcast(size.broadcast, size.num_experts, size.layer, size.ops.plan)
+            if size.broadcast is not None
+            else None
+        )
         self.bound = build_bound(capacity, size.num_experts, size.top_k, size.hidden_size)
         on_node = ep.on_node(size.num_experts)
         self.all_on_node = all(on_node)
@@ -214,12 +218,15 @@ class Router(nn.Module, ABC):
             source_A = source_A[: int(rows_per_expert_E.sum())]
         choices = Choices(experts_TK, weights_TK, place_TK, source_A)
         any_A = source_A.clamp_min(0).long()
+        tokens_A, experts_A = any_A // experts_TK.shape[1], experts_TK.flatten()[any_A]
         weights_A = weights_TK.flatten()[any_A]
         if waits:
-            weights_A = weights_A.masked_fill(source_A < 0, 0.0)
-        return Assigned(
-            any_A // experts_TK.shape[1], experts_TK.flatten()[any_A], weights_A, rows_per_expert_E, choices
-        )
+            nobody_A = source_A < 0
+            experts_A, weights_A = (
+                experts_A.masked_fill(nobody_A, self.num_experts),
+                weights_A.masked_fill(nobody_A, 0.0),
+            )
+        return Assigned(tokens_A, experts_A, weights_A, rows_per_expert_E, choices)
 
     def keep(self, choice: Choice, limits: Limits | None, threshold: float, about: Rows) -> Tensor:
         """Which choices the experts keep: bool [T * K]. Choices of expert number E are nobody's and take no room."""

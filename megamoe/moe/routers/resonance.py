@@ -28,8 +28,9 @@ from megamoe.moe.routers.base import (
     normalised,
 )
 from megamoe.moe.types import RoutingPlan
+from megamoe.ops import registry
 from megamoe.ops.affinity import GRAP_AFFINITY, GrapAffinity, slice_owners
-from megamoe.ops.affinity_kernels import with_choice
+from megamoe.ops.affinity_kernels import compiled_takes, with_choice
 from megamoe.ops.precision import at_least_fp32
 from megamoe.ops.row_softmax import row_softmax
 from megamoe.parallel import collectives
@@ -92,40 +93,38 @@ class ResonanceRouter(Router):
 
     def affinity(self, rows_TD: Tensor) -> Tensor:
         """delta [T, E] in [-1, 1], fp32."""
+        return self.choose(rows_TD, 0)[0]
+
+    def choose(self, rows_TD: Tensor, top_k: int) -> tuple[Tensor, Tensor | None]:
+        """delta [T, E], and the experts of each token's K largest values where the same pass gives them, [T, K]."""
         mean_D = self.token_mean_D if self.centre else None
         if self.config.affinity == "cosine":
             rows_TD = at_least_fp32(rows_TD)
             centred_TD = rows_TD if mean_D is None else rows_TD - mean_D
             length_T1 = centred_TD.norm(dim=-1, keepdim=True).clamp_min(1e-12)
-            return F.linear(centred_TD, self.expert_vectors()) / length_T1
+            return F.linear(centred_TD, self.expert_vectors()) / length_T1, None
         values_D = self.slice_values if self.config.affinity == "grap_learned" else None
-        return self.grap_affinity(rows_TD.device)(rows_TD, mean_D, values_D, self.num_experts)
+        op = self.grap_affinity(rows_TD)
+        if op.name == "kernels" and top_k:
+            return with_choice(rows_TD, mean_D, values_D, self.num_experts, top_k)
+        return op.function(rows_TD, mean_D, values_D, self.num_experts), None
 
-    def grap_affinity(self, device: torch.device) -> GrapAffinity:
+    def grap_affinity(self, rows_TD: Tensor) -> registry.Choice[GrapAffinity]:
         """The implementation of the op."""
-        return GRAP_AFFINITY.choose(self.ops.grap_affinity, device, self.token_mean_D.dtype).function
-
-    def choose(self, rows_TD: Tensor) -> tuple[Tensor, Tensor | None]:
-        """delta [T, E], and the experts of each token's K largest values where the same pass gives them, [T, K]."""
-        implementation = GRAP_AFFINITY.choose(self.ops.grap_affinity, rows_TD.device, self.token_mean_D.dtype).name
-        if self.config.affinity == "cosine" or implementation != "kernels":
-            return self.affinity(rows_TD), None
-        mean_D = self.token_mean_D if self.centre else None
-        values_D = self.slice_values if self.config.affinity == "grap_learned" else None
-        return with_choice(rows_TD, mean_D, values_D, self.num_experts, self.top_k)
+        wanted = self.ops.grap_affinity
+        if wanted == "auto" and not compiled_takes(rows_TD.device, self.num_experts, self.hidden_size):
+            wanted = "reference"
+        return GRAP_AFFINITY.choose(wanted, rows_TD.device, self.token_mean_D.dtype)
 
     def forward(self, rows_TD: Tensor, about: Rows = NOTHING) -> RoutingPlan:
-        affinity_TE, chosen_TK = self.choose(rows_TD)
+        affinity_TE, chosen_TK = self.choose(rows_TD, self.top_k if about.spread is None else 0)
         kappa = self.scale()
         logits_TE = kappa * affinity_TE
         if about.spread is not None:  # as one message
             both = about.whole(torch.cat([affinity_TE.detach(), logits_TE], dim=1))
             affinity_TE, logits_TE = both.detach()[:, : self.num_experts], both[:, self.num_experts :]
         probs_TE = row_softmax(logits_TE)
-        if chosen_TK is None or about.spread is not None:
-            expert_ids_TK = best(affinity_TE, self.top_k)
-        else:
-            expert_ids_TK = decided(chosen_TK.long)
+        expert_ids_TK = best(affinity_TE, self.top_k) if chosen_TK is None else decided(chosen_TK.long)
         affinity_TK = affinity_TE.detach().gather(1, expert_ids_TK)
         weights_TK = probs_TE.gather(1, expert_ids_TK)
         if self.top_k > 1:

@@ -56,7 +56,7 @@ def test_nothing_to_dispatch() -> None:
 @pytest.mark.parametrize("received", [[[2, 0, 1], [1, 3, 0]], [[0, 0], [0, 0]], [[4]], [[1], [2], [3]]], ids=str)
 def test_arrived_rows_are_known_by_their_experts(received: list[list[int]]) -> None:
     arrived = [e for row in received for e, rows in enumerate(row) for _ in range(rows)]
-    assert experts_of(torch.tensor(received)).tolist() == arrived
+    assert experts_of(torch.tensor(received), len(arrived)).tolist() == arrived
 
 
 def test_every_row_to_everyone() -> None:
