@@ -123,12 +123,13 @@ def _products(s: Shape) -> int:
 
 
 def _router_fwd(s: Shape) -> Cost:
-    # bf16 rows are exact; fp32 vectors are two bf16 parts, so there are two products.
-    return Cost(s.of_tokens + FP32 * s.experts * s.hidden, _choices(s), 2 * _products(s))
+    # bf16 rows are exact; fp32 vectors are three bf16 parts, so there are three products.
+    return Cost(s.of_tokens + FP32 * s.experts * s.hidden, _choices(s), 3 * _products(s))
 
 
 def _router_bwd(s: Shape) -> Cost:
-    # Rows' gradient: two parts by two parts without the smallest, three products. Vectors': two parts by exact rows.
+    # At least: rows' gradient of two parts by two parts without the smallest, three products; vectors' of two parts by
+    # exact rows. (The op itself computes in fp32, which the GPU does at a tenth of that rate.)
     vectors, gradient = FP32 * s.experts * s.hidden, FP32 * s.tokens * s.experts
     read = 2 * gradient + FP32 * s.tokens + s.of_tokens + vectors
     return Cost(read, s.of_tokens + vectors, 5 * _products(s))

@@ -30,7 +30,7 @@ from megamoe.testing.ranks import run_ranks
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # What the project promises at this size: ratio to dense per dtype, and its growth from 8 to 64 experts.
 PROMISED_SIZE = {"tokens": 4096, "hidden": 512, "ffn": 1024, "top_k": 2, "threads": 2}
-RATIO_LIMITS = {"fp32": 1.15, "bf16": 1.40}
+RATIO_LIMITS = {"fp32": 1.10, "bf16": 1.25}
 GROWTH_LIMIT = 1.25
 BROADCAST_MARGIN = 1.10
 """Over the predicted cost of broadcasting."""
