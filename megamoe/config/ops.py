@@ -23,6 +23,10 @@ class OpsConfig(Section):
         "auto",
         description="Rows to their experts' places, and their sum back to the tokens.",
     )
+    router_scores: Literal["auto", "kernels", "reference"] = Field(
+        "auto",
+        description="Scores of linear routers and of the resonance router's cosine mode, in fp32.",
+    )
     expert_ffn: Literal["auto", "reference", "blocked", "grouped_mm", "fused"] = Field(
         "auto",
         description="Feed-forward of the experts: plain loop, blocked loop (CPU), torch's grouped_mm in plain "

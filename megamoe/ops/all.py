@@ -1,7 +1,4 @@
-"""Every op with more than one implementation, in one list, in the order in which a layer comes to them.
-
-No router uses `router_scores` yet: on a CPU torch's product is faster, and on a GPU it was not measured.
-"""
+"""Every op with more than one implementation, in one list, in the order in which a layer comes to them."""
 
 from __future__ import annotations
 

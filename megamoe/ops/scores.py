@@ -34,10 +34,11 @@ def reference(rows_TD: Tensor, vectors_ED: Tensor, mean_D: Tensor | None, normal
     centred_TD = at_least_fp32(rows_TD)
     if mean_D is not None:
         centred_TD = centred_TD - mean_D.detach().to(centred_TD)
-    if normalize:
-        length_T1 = torch.linalg.vector_norm(centred_TD, dim=-1, keepdim=True)
-        centred_TD = centred_TD / length_T1.masked_fill(length_T1 == 0, math.inf)
-    return F.linear(centred_TD, vectors_ED.to(centred_TD))
+    scores_TE = F.linear(centred_TD, vectors_ED.to(centred_TD))
+    if not normalize:
+        return scores_TE
+    length_T1 = torch.linalg.vector_norm(centred_TD, dim=-1, keepdim=True)
+    return scores_TE / length_T1.masked_fill(length_T1 == 0, math.inf)
 
 
 def compiled(rows_TD: Tensor, vectors_ED: Tensor, mean_D: Tensor | None, normalize: bool) -> Tensor:
@@ -71,3 +72,28 @@ ROUTER_SCORES: Op[RouterScores] = Op(
     Implementation("kernels", compiled, _unavailable, not_preferred=_slower),
     Implementation("reference", reference),
 )
+
+
+LARGEST_ON_GPU = 1024, 16384, 1 << 22
+"""Experts, features and rows that the compiled op takes there."""
+
+
+def router_scores(
+    rows_TD: Tensor,
+    vectors_ED: Tensor,
+    mean_D: Tensor | None = None,
+    normalize: bool = False,
+    *,
+    implementation: str = "auto",
+) -> Tensor:
+    """Scores [T, E]; arguments as in :func:`reference`.
+
+    Raises:
+        KernelUnavailable: `implementation` names one that cannot run here.
+    """
+    sizes = len(vectors_ED), rows_TD.shape[1], len(rows_TD)
+    fits = all(size <= most for size, most in zip(sizes, LARGEST_ON_GPU, strict=True))
+    if implementation == "auto" and rows_TD.device.type == "cuda" and not fits:
+        implementation = "reference"
+    run = ROUTER_SCORES.choose(implementation, rows_TD.device, rows_TD.dtype).function
+    return run(rows_TD, vectors_ED, mean_D, normalize)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megamoe.config.moe import CapacityConfig
@@ -12,6 +11,7 @@ from megamoe.moe.placement import ALONE, ExpertParallel
 from megamoe.moe.routers.base import Router, RouterSize
 from megamoe.moe.stats import Metrics
 from megamoe.ops.precision import at_least_fp32
+from megamoe.ops.scores import router_scores
 
 
 class LinearRouter(Router):
@@ -23,7 +23,7 @@ class LinearRouter(Router):
 
     def logits(self, rows_TD: Tensor) -> Tensor:
         """rows @ weight.T, [T, E]; in fp32 at least: two experts' logits often differ by less than bf16 resolves."""
-        return F.linear(at_least_fp32(rows_TD), at_least_fp32(self.weight))
+        return router_scores(rows_TD, at_least_fp32(self.weight), implementation=self.ops.router_scores)
 
     def describe(self, probs_TE: Tensor) -> Metrics:
         """What is reported of the scores."""

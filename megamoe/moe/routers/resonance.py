@@ -33,6 +33,7 @@ from megamoe.ops.affinity import GRAP_AFFINITY, GrapAffinity, slice_owners
 from megamoe.ops.affinity_kernels import compiled_takes, with_choice
 from megamoe.ops.precision import at_least_fp32
 from megamoe.ops.row_softmax import row_softmax
+from megamoe.ops.scores import router_scores
 from megamoe.parallel import collectives
 
 LARGEST_SAMPLE = 512
@@ -99,10 +100,8 @@ class ResonanceRouter(Router):
         """delta [T, E], and the experts of each token's K largest values where the same pass gives them, [T, K]."""
         mean_D = self.token_mean_D if self.centre else None
         if self.config.affinity == "cosine":
-            rows_TD = at_least_fp32(rows_TD)
-            centred_TD = rows_TD if mean_D is None else rows_TD - mean_D
-            length_T1 = centred_TD.norm(dim=-1, keepdim=True).clamp_min(1e-12)
-            return F.linear(centred_TD, self.expert_vectors()) / length_T1, None
+            vectors_ED, implementation = self.expert_vectors(), self.ops.router_scores
+            return router_scores(rows_TD, vectors_ED, mean_D, normalize=True, implementation=implementation), None
         values_D = self.slice_values if self.config.affinity == "grap_learned" else None
         op = self.grap_affinity(rows_TD)
         if op.name == "kernels" and top_k:
