@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -11,18 +11,8 @@ from torch.autograd.function import once_differentiable
 
 from megamoe.config.ops import OpsConfig
 from megamoe.moe.dispatch.base import DEFAULT, Dispatcher, at_home, leaving
-from megamoe.moe.dispatch.journey import Order, Splits, packed_width, return_home, travel
+from megamoe.moe.dispatch.journey import Journey, Order, Splits, packed_width, travel
 from megamoe.moe.types import DispatchHandle, RoutingPlan
-
-
-class _Exchange(NamedTuple):
-    """One exchange as this rank sees it."""
-
-    leave: Order
-    """From tokens to travel."""
-    splits: Splits
-    arrive: Order
-    """From travel to experts."""
 
 
 class AllToAllDispatcher(Dispatcher):
@@ -47,15 +37,13 @@ class AllToAllDispatcher(Dispatcher):
         arrival = travel(
             rows, choices, leave, splits, lambda weights_R: (experts_of(received_PL, len(weights_R)), sent_PL.shape[1])
         )
-        exchange = _Exchange(leave, splits, arrival.order)
         sent_bytes = self._sent_bytes(splits, rows_TD, plan)
-        handle = DispatchHandle(arrival.weights_R, plan, rows_TD.shape[0], exchange, sent_bytes)
+        handle = DispatchHandle(arrival.weights_R, plan, rows_TD.shape[0], arrival.journey, sent_bytes)
         return arrival.rows_RD, arrival.rows_per_expert_L, handle
 
     def combine(self, rows_RD: Tensor, handle: DispatchHandle) -> Tensor:
-        exchange: _Exchange = handle.state
-        home = return_home(rows_RD, exchange.arrive, exchange.leave, exchange.splits)
-        return at_home(home, handle)
+        journey: Journey = handle.state
+        return at_home(journey.home(rows_RD), handle)
 
     def _sent_bytes(self, splits: Splits, rows_TD: Tensor, plan: RoutingPlan) -> int:
         """Rows with their weights to other ranks, results back to them, and the counts."""

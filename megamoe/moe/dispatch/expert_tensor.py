@@ -11,18 +11,16 @@ from torch import Tensor
 from megamoe.config.ops import OpsConfig
 from megamoe.moe.dispatch.all_to_all import experts_of
 from megamoe.moe.dispatch.base import DEFAULT, Dispatcher
-from megamoe.moe.dispatch.journey import Order, Splits, packed_width, return_home, travel
+from megamoe.moe.dispatch.journey import Journey, Order, Splits, packed_width, travel
 from megamoe.moe.types import Choices, DispatchHandle, RoutingPlan
 from megamoe.parallel import collectives
 from megamoe.parallel.axis import Axis
 
 
 class _Exchange(NamedTuple):
-    """One exchange as this rank sees it. Rows leave by (destination rank, expert), all of them for each rank."""
+    """Rows leave by (destination rank, expert), all of them for each rank."""
 
-    leave: Order
-    splits: Splits
-    arrive: Order
+    journey: Journey
     num_padded: int
     """Rows that no expert has and that stayed here: the inner dispatcher's last."""
     inner: DispatchHandle
@@ -61,14 +59,14 @@ class ExpertTensorDispatcher(Dispatcher):
             splits,
             lambda weights_Q: (experts_of(received_PL, len(weights_Q)), num_local),
         )
-        exchange = _Exchange(leave, splits, arrival.order, len(rows_RD) - held, inner)
+        exchange = _Exchange(arrival.journey, len(rows_RD) - held, inner)
         sent_bytes = inner.sent_bytes + self._sent_bytes(splits, rows_RD, inner.weights_R, num_local)
         handle = inner._replace(weights_R=arrival.weights_R, state=exchange, sent_bytes=sent_bytes)
         return arrival.rows_RD, arrival.rows_per_expert_L, handle
 
     def combine(self, rows_RD: Tensor, handle: DispatchHandle) -> Tensor:
         exchange: _Exchange = handle.state
-        whole_RD = return_home(rows_RD, exchange.arrive, exchange.leave, exchange.splits)
+        whole_RD = exchange.journey.home(rows_RD)
         return self.inner.combine(F.pad(whole_RD, (0, 0, 0, exchange.num_padded)), exchange.inner)
 
     def _sent_bytes(self, splits: Splits, rows_RD: Tensor, weights_R: Tensor, num_local: int) -> int:

@@ -54,6 +54,22 @@ class Splits(NamedTuple):
         return _all_to_all(rows, self.receive, self.send, self.group)
 
 
+class Journey(NamedTuple):
+    """One exchange as this rank sees it."""
+
+    leave: Order
+    """From tokens to travel."""
+    splits: Splits
+    arrive: Order
+    """From travel to experts; rows that are nobody's come last."""
+
+    def home(self, rows_RD: Tensor) -> Tensor:
+        """Results to the ranks of their tokens, added up there: [T, D]. The gradient needs nothing of its own input, so
+        that a recomputed pass ends before it."""
+        home_TD: Tensor = _Home.apply(rows_RD, self)
+        return home_TD
+
+
 class Arrival(NamedTuple):
     """The rows that arrived, in the order of the experts."""
 
@@ -61,8 +77,7 @@ class Arrival(NamedTuple):
     weights_R: Tensor
     """0 for rows that are nobody's."""
     rows_per_expert_L: Tensor
-    order: Order
-    """From arrival to experts."""
+    journey: Journey
 
 
 ByExpert = Callable[[Tensor], tuple[Tensor, int]]
@@ -73,14 +88,7 @@ def travel(rows_TD: Tensor, choices: Choices, leave: Order, splits: Splits, by_e
     """Rows and gate weights to the ranks of their experts, as one message. Differentiable in both."""
     rows_RD, weights_R, *rest = _There.apply(rows_TD, choices.weights_TK, leave, splits, by_expert)
     rows_per_expert_L, place_N1, source_R = rest
-    return Arrival(rows_RD, weights_R, rows_per_expert_L, Order(place_N1, source_R))
-
-
-def return_home(rows_RD: Tensor, arrive: Order, leave: Order, splits: Splits) -> Tensor:
-    """Results to the ranks of their tokens, added up there: [T, D]. The gradient needs nothing of its own input, so
-    that a recomputed pass ends before it."""
-    home_TD: Tensor = _Home.apply(rows_RD, arrive, leave, splits)
-    return home_TD
+    return Arrival(rows_RD, weights_R, rows_per_expert_L, Journey(leave, splits, Order(place_N1, source_R)))
 
 
 class _There(torch.autograd.Function):
@@ -119,24 +127,23 @@ class _There(torch.autograd.Function):
 
 class _Home(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, arrive: Order, leave: Order, splits: Splits) -> Tensor:
-        # As attributes: what is saved for backward, a recomputed pass would have to reach. So these indices, 16 bytes
+    def forward(ctx: Any, rows: Tensor, journey: Journey) -> Tensor:
+        # As an attribute: what is saved for backward, a recomputed pass would have to reach. So these indices, 16 bytes
         # of each choice, stay where other activations do not.
-        ctx.arrive, ctx.leave, ctx.splits = arrive, leave, splits
-        back = arrive.backwards()
-        move = splits.ops.rows
+        ctx.journey = journey
+        leave, splits, arrive = journey
+        back, move = arrive.backwards(), splits.ops.rows
         home = splits.back(permute_rows(rows, back.source_M, back.place_NK, implementation=move))
         return unpermute_rows(home, leave.place_NK, leave.source_M, implementation=move)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        arrive, leave = ctx.arrive, ctx.leave
-        move = ctx.splits.ops.rows
-        arrived = ctx.splits.there(
-            permute_rows(grads[0].contiguous(), leave.source_M, leave.place_NK, implementation=move)
-        )
-        return permute_rows(arrived, arrive.source_M, arrive.place_NK, implementation=move), None, None, None
+        leave, splits, arrive = ctx.journey
+        move = splits.ops.rows
+        leaving = permute_rows(grads[0].contiguous(), leave.source_M, leave.place_NK, implementation=move)
+        arrived = splits.there(leaving)
+        return permute_rows(arrived, arrive.source_M, arrive.place_NK, implementation=move), None
 
 
 def packed_width(rows: Tensor, values: Tensor) -> int:

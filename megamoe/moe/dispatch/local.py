@@ -5,9 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from megamoe.config.ops import OpsConfig
-from megamoe.moe.dispatch.base import DEFAULT, Dispatcher, at_home, leaving
+from megamoe.moe.dispatch.base import DEFAULT, Dispatcher, at_home
 from megamoe.moe.types import DispatchHandle, RoutingPlan
-from megamoe.ops.rows import permute_rows, unpermute_rows
+from megamoe.ops.rows import gather_rows, permute_rows, unpermute_rows
 
 
 class LocalDispatcher(Dispatcher):
@@ -20,13 +20,15 @@ class LocalDispatcher(Dispatcher):
 
     def dispatch(self, rows_TD: Tensor, plan: RoutingPlan) -> tuple[Tensor, Tensor, DispatchHandle]:
         handle = DispatchHandle(weights_R=plan.weights_A, plan=plan, num_rows=rows_TD.shape[0])
-        rows_AD, choices = leaving(rows_TD, plan)
-        if plan.choices is not None:
+        choices = plan.choices
+        if choices is None:
+            rows_AD = gather_rows(rows_TD, plan.token_ids_A)
+        else:
             rows_AD = permute_rows(rows_TD, choices.source_A, choices.place_TK, implementation=self.ops.rows)
         return rows_AD, plan.rows_per_expert_E, handle
 
     def combine(self, rows_RD: Tensor, handle: DispatchHandle) -> Tensor:
         choices = handle.plan.choices
-        if choices is not None:
-            rows_RD = unpermute_rows(rows_RD, choices.place_TK, choices.source_A, implementation=self.ops.rows)
-        return at_home(rows_RD, handle)
+        if choices is None:
+            return at_home(rows_RD, handle)
+        return unpermute_rows(rows_RD, choices.place_TK, choices.source_A, implementation=self.ops.rows)

@@ -2,27 +2,16 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from megamoe.config.ops import OpsConfig
 from megamoe.moe.dispatch.all_to_all import AllToAllDispatcher
-from megamoe.moe.dispatch.base import DEFAULT, Dispatcher, at_home, leaving
-from megamoe.moe.dispatch.journey import EMPTY, Order, Splits, packed_width, return_home, travel
+from megamoe.moe.dispatch.base import DEFAULT, Dispatcher, leaving
+from megamoe.moe.dispatch.journey import EMPTY, Order, Splits, packed_width, travel
 from megamoe.moe.types import DispatchHandle, RoutingPlan
 from megamoe.ops.plan import plan_rows
-
-
-class _Slots(NamedTuple):
-    """One exchange as this rank sees it. Slots are ordered by (rank, expert, place), C for each expert."""
-
-    leave: Order
-    """From tokens to slots."""
-    arrive: Order
-    """From slots to experts; empty slots come last."""
 
 
 class PaddedDispatcher(Dispatcher):
@@ -61,8 +50,7 @@ class PaddedDispatcher(Dispatcher):
         width = rows_TD.shape[1] + packed_width(rows_TD, plan.weights_A)
         elsewhere = len(source_S) - len(source_S) // self.num_ranks
         sent_bytes = elsewhere * (width + rows_TD.shape[1]) * rows_TD.element_size()
-        slots = _Slots(leave, arrival.order)
-        handle = DispatchHandle(arrival.weights_R, plan, rows_TD.shape[0], slots, sent_bytes)
+        handle = DispatchHandle(arrival.weights_R, plan, rows_TD.shape[0], arrival.journey, sent_bytes)
         return arrival.rows_RD, arrival.rows_per_expert_L, handle
 
     def _agree(self, capacity: int, like: Tensor) -> None:
@@ -81,7 +69,4 @@ class PaddedDispatcher(Dispatcher):
         self._agreed = True
 
     def combine(self, rows_RD: Tensor, handle: DispatchHandle) -> Tensor:
-        if not isinstance(handle.state, _Slots):
-            return self.ragged.combine(rows_RD, handle)
-        home = return_home(rows_RD, handle.state.arrive, handle.state.leave, Splits(self.group, ops=self.ops))
-        return at_home(home, handle)
+        return self.ragged.combine(rows_RD, handle)  # the way home follows from the way there
