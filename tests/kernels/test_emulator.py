@@ -38,9 +38,11 @@ def programs(tmp_path_factory: pytest.TempPathFactory, build_tool: ModuleType, c
     return {target: out / name for target, name in PROGRAMS.items()}
 
 
-def run(program: Path, *words: str, seed: int = 1, threads: int = 2) -> subprocess.CompletedProcess[str]:
+def run(
+    program: Path, *words: str, seed: int = 1, threads: int = 2, limit: int = 120
+) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"MM_EMU_SEED": str(seed), "MM_EMU_THREADS": str(threads)}
-    return subprocess.run([program, *words], env=environment, capture_output=True, text=True, timeout=120)
+    return subprocess.run([program, *words], env=environment, capture_output=True, text=True, timeout=limit)
 
 
 @pytest.mark.parametrize("target", PROGRAMS)
@@ -72,3 +74,14 @@ def test_race_detection_does_not_depend_on_the_order(programs: dict[str, Path], 
 def test_exit_codes_tell_a_wrong_result_from_a_refusal(programs: dict[str, Path]) -> None:
     assert run(programs["emu"], "barrier").returncode == WRONG
     assert run(programs["emu"], "left_barrier").returncode == REFUSED
+
+
+@pytest.mark.parametrize("target", PROGRAMS)
+@pytest.mark.parametrize("family", ["rows", "glu", "router"])
+def test_the_kernels_for_gpus_are_right(
+    tmp_path: Path, build_tool: ModuleType, cxx: str, family: str, target: str
+) -> None:
+    record = build_tool.build(tmp_path, only=(family,), targets=(target,))
+    assert target in record["built"], record["left_out"]
+    done = run(tmp_path / PROGRAMS[target].replace("controls", family), limit=300)
+    assert done.returncode == 0, done.stdout + done.stderr

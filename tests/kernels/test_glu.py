@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +11,6 @@ from torch import Tensor
 from megamoe.ops.glu import KINDS, backward_reference, reference
 from megamoe.testing import assert_equal_bits
 
-KERNELS = Path(__file__).parents[2] / "kernels"
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=lambda d: str(d)[6:])
 ALL_KINDS = pytest.mark.parametrize("kind", KINDS)
 SIZES = {  # rows, width, counts
@@ -227,15 +222,3 @@ def test_counts_that_cannot_be_are_refused_on_the_cpu(counts: list[int]) -> None
     h1, h3, weights, _ = (tensor.detach() for tensor in small(torch.float32))
     with pytest.raises(RuntimeError, match="argument counts"):
         torch.ops.megamoe.glu_fwd(h1, h3, weights, torch.tensor(counts))
-
-
-@pytest.mark.usefixtures("cxx")
-@pytest.mark.parametrize("target, suffix", [("emu", ""), ("emu-asan", ".asan"), ("emu-tsan", ".tsan")])
-def test_the_kernels_for_gpus_are_right_in_the_emulator(tmp_path: Path, target: str, suffix: str) -> None:
-    command = [sys.executable, KERNELS / "build.py", "--out", tmp_path, "--only", "glu", "--targets", target]
-    subprocess.run(command, check=True, timeout=300)
-    program = tmp_path / f"emu_glu{suffix}"
-    done = subprocess.run(
-        [program], env=os.environ | {"MM_EMU_THREADS": "2"}, capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 0, done.stdout + done.stderr

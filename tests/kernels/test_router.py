@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +12,6 @@ from torch import Tensor
 from megamoe.ops.slices import slice_owners, unit_values
 from megamoe.testing import assert_equal_bits
 
-KERNELS = Path(__file__).parents[2] / "kernels"
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=lambda d: str(d)[6:])
 SIZES = [  # tokens, width, experts, choices
     (0, 64, 8, 2),
@@ -363,15 +358,3 @@ def test_shapes_that_do_not_fit_together_are_named(backend: torch.device) -> Non
         ops.router_bwd(scores[:8], x, vectors, None, True, scores, inverse)
     with pytest.raises(RuntimeError, match="grap_bwd: argument affinity"):
         ops.grap_bwd(scores, x, inverse.new_zeros(24), inverse.new_zeros(24), scores[:, :3], inverse)
-
-
-@pytest.mark.usefixtures("cxx")
-@pytest.mark.parametrize("target, suffix", [("emu", ""), ("emu-asan", ".asan"), ("emu-tsan", ".tsan")])
-def test_the_kernels_for_gpus_are_right_in_the_emulator(tmp_path: Path, target: str, suffix: str) -> None:
-    command = [sys.executable, KERNELS / "build.py", "--out", tmp_path, "--only", "router", "--targets", target]
-    subprocess.run(command, check=True, timeout=600)
-    program = tmp_path / f"emu_router{suffix}"
-    done = subprocess.run(
-        [program], env=os.environ | {"MM_EMU_THREADS": "2"}, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stdout + done.stderr

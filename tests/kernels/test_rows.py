@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,7 +15,6 @@ from megamoe.ops.movement import (
 )
 from megamoe.testing import assert_equal_bits
 
-KERNELS = Path(__file__).parents[2] / "kernels"
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=lambda d: str(d)[6:])
 SIZES = [  # tokens, choices, holes, width
     (0, 2, 0, 64),
@@ -266,15 +261,3 @@ def test_an_index_beyond_the_end_is_refused_on_the_cpu() -> None:
         torch.ops.megamoe.unpermute_rows(y, far, source)
     with pytest.raises(RuntimeError, match="argument source"):
         torch.ops.megamoe.unpermute_bwd(x, y, place, beyond, weights)
-
-
-@pytest.mark.usefixtures("cxx")
-@pytest.mark.parametrize("target, suffix", [("emu", ""), ("emu-asan", ".asan"), ("emu-tsan", ".tsan")])
-def test_the_kernels_for_gpus_are_right_in_the_emulator(tmp_path: Path, target: str, suffix: str) -> None:
-    command = [sys.executable, KERNELS / "build.py", "--out", tmp_path, "--only", "rows", "--targets", target]
-    subprocess.run(command, check=True, timeout=300)
-    program = tmp_path / f"emu_rows{suffix}"
-    done = subprocess.run(
-        [program], env=os.environ | {"MM_EMU_THREADS": "2"}, capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
