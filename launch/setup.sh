@@ -14,6 +14,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 readonly VENV=.venv CONSTRAINTS=docker/constraints.txt
 readonly LOG=$VENV/setup.log STAMP=$VENV/setup.stamp
+readonly SEALED=$VENV/sealed # docker/Dockerfile makes it: everything is installed, and not for changing
 readonly TORCH_CPU_INDEX=https://download.pytorch.org/whl/cpu
 
 # DeepSpeed comes as source: build none of its optional native ops, they compile themselves when first used.
@@ -185,6 +186,12 @@ install_kernels() {
 }
 
 main() {
+    if [[ -e $SEALED ]]; then
+        say "using what the image holds"
+        return
+    fi
+    # Pins of NVIDIA's images contradict ours; what they are there for, constraints_around_system_site keeps as well.
+    [[ ${MEGAMOE_SYSTEM_SITE:-0} == 1 ]] && unset PIP_CONSTRAINT
     make_venv
     local done_fingerprint="" done_extras="" done_kernels="" wanted missing=""
     [[ -f $STAMP ]] && { read -r done_fingerprint && read -r done_extras && read -r done_kernels; } <"$STAMP" || true
