@@ -14,10 +14,10 @@ from megamoe.config.run import RunConfig
 from megamoe.training.finetune_config import load_finetune_config
 
 
-def start(config: RunConfig, world_size: int) -> None:
+def start(config: RunConfig, world_size: int) -> int:
     from megamoe.training.finetune import finetune
 
-    finetune(config, world_size)
+    return finetune(config, world_size).exit_code
 
 
 if __name__ == "__main__":

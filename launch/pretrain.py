@@ -27,10 +27,10 @@ def load(paths: list[str], overrides: list[str]) -> RunConfig:
     return config
 
 
-def start(config: RunConfig, world_size: int) -> None:
+def start(config: RunConfig, world_size: int) -> int:
     from megamoe.training.pretrain import pretrain
 
-    pretrain(config, world_size)
+    return pretrain(config, world_size).exit_code
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from types import ModuleType
 COMMANDS = {
     "bench": "measure against other implementations",
     "check": "check a configuration and show what it means",
+    "convert": "inspect, verify and reshard checkpoints",
     "data": "prepare and inspect training data",
     "doctor": "show versions, compiled kernels, and which implementation of every op runs here",
     "parity": "prove that every parallel layout trains the same model as one process",

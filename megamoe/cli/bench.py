@@ -44,7 +44,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         metavar="NAMES",
         help="comma-separated names as in tp2-ep2; dp fills the ranks (default: tp2-ep2, and ep over all ranks)",
     )
-    for kind, how in ((train, ""), (parallel, "; degrees and ZeRO stage are set by the layouts")):
+    save = kinds.add_parser("save", help="the step after an asynchronous save against one without")
+    for kind, how in ((train, ""), (parallel, "; degrees and ZeRO stage are set by the layouts"), (save, "")):
         kind.add_argument(
             "--config",
             nargs="+",
@@ -54,7 +55,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         )
         kind.add_argument("--ranks", type=int, default=2, help="processes (default: %(default)s)")
         kind.add_argument("--steps", type=int, default=4, help="optimizer steps per turn (default: %(default)s)")
-    for kind, rounds in ((layer, 15), (router, 31), (train, 10), (parallel, 10)):
+    for kind, rounds in ((layer, 15), (router, 31), (train, 10), (parallel, 10), (save, 21)):
         kind.add_argument("--repeats", type=int, default=rounds, help="rounds (default: %(default)s)")
         kind.add_argument("--out", type=Path, metavar="FILE.json", help="write the report there, and FILE.md beside it")
         kind.add_argument(
@@ -142,6 +143,18 @@ def _parallel(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     return report, markdown(report)
 
 
+def _save(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    from megamoe.bench.save import bench_save, in_temporary_folder, markdown
+    from megamoe.cli.check import split
+    from megamoe.config.load import load_config
+    from megamoe.config.rules import check_world_size
+
+    config = load_config(*split(args.config))
+    check_world_size(config, args.ranks)
+    report = in_temporary_folder(config, lambda own: bench_save(own, _training_settings(args), args.note))
+    return report, markdown(report)
+
+
 def _training_settings(args: argparse.Namespace) -> TrainSettings:
     from megamoe.bench.train import TrainSettings
 
@@ -154,7 +167,7 @@ def _training_settings(args: argparse.Namespace) -> TrainSettings:
     )
 
 
-_KINDS = {"layer": _layer, "router": _router, "train": _train, "parallel": _parallel}
+_KINDS = {"layer": _layer, "router": _router, "train": _train, "parallel": _parallel, "save": _save}
 
 
 def _names(text: str) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ from megamoe.common.log import setup_logging
 from megamoe.config.run import RunConfig
 
 Load = Callable[[list[str], list[str]], RunConfig]
-Start = Callable[[RunConfig, int], object]
+Start = Callable[[RunConfig, int], int]
 
 
 def launch(about: str, load: Load, start: Start, words: Sequence[str] | None = None) -> int:
@@ -21,7 +21,7 @@ def launch(about: str, load: Load, start: Start, words: Sequence[str] | None = N
     Args:
         about: the script's docstring.
         load: the configuration of files and overrides; imports no torch, so that a wrong one is reported in a blink.
-        start: trains on this rank; imports what it needs.
+        start: trains on this rank and returns the exit code; imports what it needs.
         words: of the command line; None: those of the process.
     """
     args = _parse(about, words)
@@ -39,8 +39,7 @@ def launch(about: str, load: Load, start: Start, words: Sequence[str] | None = N
             print(description(config, env.world_size() if launched else None))
         return 0
     setup_logging(env.rank())
-    start(config, env.world_size())
-    return 0
+    return start(config, env.world_size())
 
 
 def _parse(about: str, words: Sequence[str] | None) -> argparse.Namespace:

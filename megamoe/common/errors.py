@@ -53,6 +53,14 @@ class CheckpointError(MegamoeError):
     """A checkpoint that is missing, damaged, of another architecture or topology, or that cannot be written."""
 
 
+class TrainingError(MegamoeError):
+    """A run whose numbers are beyond repair: steps that could not be used, one after the other."""
+
+
+class DamagedCheckpointError(CheckpointError):
+    """A checkpoint of which something is missing or not as it was written: an older one may be sound."""
+
+
 class KernelUnavailable(MegamoeError):
     """An implementation of an op that was required and is not available here."""
 

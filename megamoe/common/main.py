@@ -14,6 +14,8 @@ from megamoe.common.errors import EXIT_CODE, LostPeerError, MegamoeError, PeerEr
 
 LINGER_SECONDS = 10.0
 INTERRUPTED = 130
+REQUEUE = 75
+"""Saved because a batch system asked for it, start me again: EX_TEMPFAIL of sysexits.h."""
 
 
 def run_main(main: Callable[[], int | None]) -> NoReturn:

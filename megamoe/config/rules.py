@@ -134,6 +134,16 @@ def muon_updates_are_not_clipped(config: RunConfig) -> Iterator[Problem]:
         yield Problem("training.gradient_clipping", what, ("training.optimizer.type",))
 
 
+def spikes_stand_out(config: RunConfig) -> Iterator[Problem]:
+    faults, optimizer = config.training.faults, config.training.optimizer.type
+    field = "training.faults.spike_factor"
+    if 0 < faults.spike_factor <= 1:
+        yield Problem(field, f"{faults.spike_factor:g} would skip every other step; above 1, or 0 for off", ())
+    if faults.spike_factor and optimizer == "muon":
+        what = "needs the norm of gradients, and Muon's is known after orthogonalisation only; use 0"
+        yield Problem(field, what, ("training.optimizer.type",))
+
+
 def extra_leaves_our_keys(config: RunConfig) -> Iterator[Problem]:
     yield from extra_problems(config)
 
@@ -154,6 +164,7 @@ RULES: tuple[Rule, ...] = (
     fp64_keeps_its_digits,
     muon_needs_whole_matrices,
     muon_updates_are_not_clipped,
+    spikes_stand_out,
     extra_leaves_our_keys,
 )
 

@@ -1,4 +1,4 @@
-"""Section `training`: batch, optimizer, schedule, precision, validation, checkpoints, monitors."""
+"""Section `training`: batch, optimizer, schedule, precision, validation, checkpoints, faults, monitors."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, Strict
 
 from megamoe.config.base import Section
+from megamoe.config.faults import FaultsConfig
 
 
 class OptimizerConfig(Section):
@@ -39,6 +40,9 @@ class CheckpointConfig(Section):
     """When checkpoints are written, which are kept, and what a start resumes from."""
 
     every: int = Field(100, ge=0, description="Steps between checkpoints; 0: only at the end or when interrupted.")
+    asynchronous: bool = Field(
+        True, description="Write while training goes on, from a copy in host memory; false: training waits."
+    )
     keep: int = Field(3, ge=1, description="Newest checkpoints that are kept.")
     keep_every: int = Field(0, ge=0, description="Checkpoints at multiples of this step are kept for good; 0: none.")
     resume: str = Field(
@@ -107,6 +111,7 @@ class TrainingConfig(Section):
     )
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     validation: ValidationConfig = Field(default_factory=ValidationConfig)
+    faults: FaultsConfig = Field(default_factory=FaultsConfig)
     monitor: MonitorConfig = Field(default_factory=MonitorConfig)
     log_every: int = Field(1, ge=1, description="Steps between lines of metrics.jsonl and the progress line.")
     timeout_minutes: float = Field(10.0, gt=0, description="Limit of every collective: no rank waits longer.")

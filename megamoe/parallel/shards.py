@@ -49,6 +49,22 @@ def part(tensor: Tensor, shards: tuple[Shard, ...], axes: Mapping[str, Axis]) ->
     return tensor
 
 
+def place_of(
+    parameter: Tensor, shape: tuple[int, ...], axes: Mapping[str, Axis]
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shape of the whole, and where the part that a rank of these axes holds begins in it.
+
+    Args:
+        shape: of the part, which under ZeRO-3 the parameter itself does not have.
+    """
+    whole, offsets = list(shape), [0] * len(shape)
+    for shard in shards_of(parameter):
+        axis = axes.get(shard.axis, SINGLE)
+        offsets[shard.dim] = axis.rank * shape[shard.dim]
+        whole[shard.dim] *= axis.size
+    return tuple(whole), tuple(offsets)
+
+
 def whole_shape(parameter: Tensor, axes: Mapping[str, Axis]) -> torch.Size:
     """Shape of the whole that the parameter is a part of."""
     shape = list(parameter.shape)

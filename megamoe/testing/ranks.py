@@ -239,7 +239,7 @@ def _timeout_error(ranks: _Ranks, timeout: float) -> RankTimeout:
     for rank in hung:
         if (pid := ranks.processes[rank].pid) is not None:
             with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGUSR1)
+                os.kill(pid, signal.SIGUSR2)
     stacks = "".join(f"rank {rank} stood at:\n{_read_stack(ranks.stack_files[rank])}\n" for rank in hung)
     message = f"no result within {timeout:g} s from rank(s) {hung} of {len(ranks.processes)}\n{stacks}"
     return RankTimeout(message, hung[0], "timeout")
@@ -292,7 +292,7 @@ def _environment_of_the_server() -> Iterator[None]:
 def _rank_main(pipe: connection.Connection, call: _Call, rank: int, stack_path: Path) -> None:
     """What a rank does: take its place, call the function, report."""
     with stack_path.open("w", encoding="utf-8") as stack_file:
-        faulthandler.register(signal.SIGUSR1, file=stack_file, all_threads=False)
+        faulthandler.register(signal.SIGUSR2, file=stack_file, all_threads=False)
         try:
             report: bytes | _Failure = _run(call, rank)
         except BaseException as error:  # SystemExit too: a test may look at it

@@ -13,6 +13,18 @@ from megamoe.testing.configs import tiny_config
 
 TEXT = "the router sends every token to the experts that know it best and each expert keeps what it can hold"
 WORDS = TEXT.split()
+TIMING = frozenset(
+    {
+        "tokens_per_second",
+        "step_seconds",
+        "busy_seconds_max",
+        "busy_seconds_mean",
+        "slowest_rank",
+        "slowest_over_median",
+    }
+)
+"""What differs in metrics.jsonl between two runs of the same numbers."""
+_OF_A_START = ("logs", "heartbeats", "status.json")
 
 
 def small_corpus(folder: Path, documents: int = 60) -> Path:
@@ -67,11 +79,11 @@ class Run:
         return [json.loads(line) for line in path.read_text().split("\n")[:-1]] if path.exists() else []
 
     def content(self) -> dict[str, str]:
-        """Digest of every file that a user would miss: all but the logs."""
+        """Digest of every file that a user would miss: all but what tells how a start went."""
         files = [path for path in sorted(self.folder.rglob("*")) if path.is_file()]
         names = {path: path.relative_to(self.folder) for path in files}
         return {
             str(name): hashlib.sha256(path.read_bytes()).hexdigest()
             for path, name in names.items()
-            if name.parts[0] != "logs"
+            if name.parts[0] not in _OF_A_START
         }

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import math
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -26,13 +26,12 @@ from megamoe.moe.marker import is_expert
 from megamoe.moe.routers.base import Router
 from megamoe.parallel.groups import Groups
 from megamoe.parallel.mpu import ModelParallelUnit
-from megamoe.training.checkpoint.by_rank import by_rank, load_states, save_states
 from megamoe.training.grad_norm import clip_gradients
 from megamoe.training.optimizer import parameter_groups, set_lr
 from megamoe.training.workarounds import (
-    attributes,
     check_version,
-    failing_at_the_end,
+    forget_gradients,
+    momentum_held_back,
     no_expert_group_asked_of_zero,
     no_memory_report,
     norm_of_experts_alone,
@@ -62,8 +61,10 @@ class Engine:
         self.config, self.groups = config, groups
         self.optimizer = _build_optimizer(model, config)
         self._clipped_norm: Tensor | None = None
-        if config.parallel.zero_stage == 0:
-            self.optimizer.register_step_pre_hook(self._clip)
+        self._accept: Callable[[float], bool] = math.isfinite
+        self._accepted: bool | None = None
+        # On the object, whose class DeepSpeed looks at.
+        self.optimizer.step = self._if_accepted(self.optimizer.step)  # type: ignore[assignment, method-assign]
         with no_expert_group_asked_of_zero(model), no_memory_report():
             self._engine, *_ = deepspeed.initialize(
                 model=model,
@@ -76,6 +77,7 @@ class Engine:
         if config.training.precision == "fp64":
             reduce_in_fp64(self._engine)
         norm_of_experts_alone(self._engine.optimizer)
+        self._move_momentum = momentum_held_back(self._engine.optimizer)
         # The engine writes curves of its own over samples; Weights & Biases then refuses ours, which are over steps.
         self._monitor, self._engine.monitor = self._engine.monitor, SimpleNamespace(enabled=False)
         self._check_moe_seen(model)
@@ -101,8 +103,9 @@ class Engine:
         lr_factor: float,
         observe: Callable[[ModelOutput], None],
         before_step: Callable[[], None] = lambda: None,
+        accept: Callable[[float], bool] = math.isfinite,
     ) -> float:
-        """One optimizer step. Returns the global gradient norm before clipping.
+        """One optimizer step. Returns the global gradient norm before clipping; infinity may stand for NaN.
 
         With Muon under ZeRO it is the norm after orthogonalisation, the only one that DeepSpeed computes.
 
@@ -111,7 +114,10 @@ class Engine:
             lr_factor: share of the peak learning rate.
             observe: gets what each micro-batch gave, without its graph being kept.
             before_step: called once the gradients are complete (`full_gradients`), before they are clipped.
+            accept: whether a step of this norm is to be done; the same answer on every rank. If not (`rejected`), no
+                weight and no state of the optimizer changes. DeepSpeed does not ask where it knows of infinity or NaN.
         """
+        self._accept, self._accepted = accept, None
         for number, batch in enumerate(batches, start=1):
             observe(self._micro_step(batch, last=number == len(batches)))
         before_step()
@@ -126,7 +132,18 @@ class Engine:
     def _optimizer_step(self, lr_factor: float) -> float:
         set_lr(self.optimizer, lr_factor)
         self._engine.step()
+        return self._stepped()
+
+    def _stepped(self) -> float:
+        """What is left to do after a step. Returns its norm."""
+        if self._accepted is None:
+            forget_gradients(self._engine.optimizer)
         return self._norm()
+
+    @property
+    def rejected(self) -> bool:
+        """Whether the last step changed nothing."""
+        return not self._accepted  # None: DeepSpeed left before it came to the optimizer
 
     def _norm(self) -> float:
         """The gradient norm of the last step."""
@@ -191,54 +208,56 @@ class Engine:
             else:
                 yield name, safe_get_full_grad(parameter)
 
-    def save(self, folder: Path, tag: str) -> None:
-        """Write weights and optimizer state for the same layout: DeepSpeed's checkpoint where that holds everything.
-        Collective.
+    @property
+    def zero_optimizer(self) -> Any:
+        """DeepSpeed's optimizer around ours, which it is itself at ZeRO-0."""
+        return self._engine.optimizer
 
-        Raises:
-            OSError, RuntimeError: this rank could not write. Raised after the last collective, so no other one waits.
-        """
-        if by_rank(self.groups):
-            save_states(folder / tag, self._engine, self.model, self.groups, self.config.parallel.zero_stage)
+    def is_copy(self, parameter: nn.Parameter) -> bool:
+        """Whether another stage of the pipeline holds the same under the same name, as the original."""
+        return False
+
+    @torch.no_grad()
+    def masters_changed(self) -> None:
+        """Take over master weights of ZeRO-3 that somebody wrote: weights follow from them. Collective."""
+        if self.config.parallel.zero_stage < 3:
             return
-        with failing_at_the_end(self._engine), self._frozen_parts():
-            self._engine.save_checkpoint(str(folder), tag=tag, save_latest=False)
-
-    def load(self, folder: Path, tag: str) -> None:
-        """Read what `save` wrote. Collective.
-
-        Raises:
-            OSError, RuntimeError, KeyError: there is none, or one of something else.
-        """
-        if by_rank(self.groups):
-            with contextlib.redirect_stdout(None):  # DeepSpeed prints which function it is in, on every rank
-                load_states(folder / tag, self._engine, self.model, self.groups, self.config.parallel.zero_stage)
-            return
-        with self._frozen_parts(), contextlib.redirect_stdout(None):
-            path, _ = self._engine.load_checkpoint(str(folder), tag=tag, load_lr_scheduler_states=False)
-        if path is None:
-            raise FileNotFoundError(f"DeepSpeed finds no checkpoint {tag} in {folder}")
-
-    @contextlib.contextmanager
-    def _frozen_parts(self) -> Iterator[None]:
-        """Let DeepSpeed's checkpoints hold frozen parameters of every rank, while it writes or reads one."""
-        stage = self.config.parallel.zero_stage
-        values: dict[str, Any] = {}
-        if stage == 2:
-            # Frozen parameters are among the weights already. Rank 0 would write its own a second time, and all ranks
-            # read these last: every rank would go on with the experts of rank 0.
-            values["_get_zero_frozen_param_attributes"] = lambda attribute: None
-        if stage == 3 and any(is_expert(p) and not p.requires_grad for p in self.model.parameters()):
-            # The format for MoE layers refuses frozen experts; the ordinary one keeps every rank's part of them.
-            values["has_moe_layers"] = False
-        with attributes(self._engine, values):
-            yield
+        zero = self.zero_optimizer
+        for weights, masters in zip(zero.fp16_partitioned_groups_flat, zero.fp32_partitioned_groups_flat, strict=True):
+            weights.copy_(masters)
+        kept = zero.persistent_parameters  # small ones, which stay together between steps
+        if kept:
+            kept[0].partition(kept)
+            kept[0].all_gather(kept)
 
     def close(self) -> None:
         """Release what DeepSpeed holds."""
         self._engine.destroy()
 
-    def _clip(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    def _if_accepted(self, step: Callable[[], Any]) -> Callable[[], None]:
+        """The optimizer's `step`, and nothing in place of one that is not accepted.
+
+        DeepSpeed knows the norm by then, and calls it for each group of parameters in places. What it does around it
+        gives the weights that were there: they follow from the masters, which stay.
+        """
+
+        def judged() -> None:
+            if self._accepted is None:
+                self._accepted = self._accept(self._norm_in_step())
+                if self._accepted:
+                    self._move_momentum()
+            if self._accepted:
+                step()
+
+        return judged
+
+    def _norm_in_step(self) -> float:
+        if self.config.parallel.zero_stage > 0:
+            return float(self._engine.optimizer._global_grad_norm)
+        self._clip()
+        return self._norm()
+
+    def _clip(self) -> None:
         # DeepSpeed's ZeRO-0 clips by a norm that does not add up the experts of other ranks; its clipping is off there
         # (config/deepspeed) and ours runs right before the optimizer's step.
         self._clipped_norm = clip_gradients(

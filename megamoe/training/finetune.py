@@ -24,15 +24,15 @@ from megamoe.training.checkpoint.weights import load_weights
 from megamoe.training.engine import Engine
 from megamoe.training.interrupt import leave_at_once
 from megamoe.training.job import Job, carry_out, check_kind, open_folder
+from megamoe.training.loop import RunEnd
 from megamoe.training.run_folder import write_bytes
 from megamoe.training.setup import Runtime, distributed
-from megamoe.training.state import TrainState
 from megamoe.training.validation import answer_scores
 
 log = get_logger("megamoe.finetune")
 
 
-def finetune(config: RunConfig, world_size: int) -> TrainState:
+def finetune(config: RunConfig, world_size: int) -> RunEnd:
     """Fine-tune, resuming from the newest complete checkpoint of `training.output_dir` if there is one.
 
     Everything that can be wrong about configuration, conversations and both checkpoints is found before the model is

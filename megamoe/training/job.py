@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from megamoe.common.errors import CheckpointError
 from megamoe.common.log import get_logger, setup_logging
 from megamoe.config.architecture import architecture
 from megamoe.config.run import RunConfig
+from megamoe.model.attention import Attention
 from megamoe.model.decoder import Decoder, replicated
 from megamoe.model.pipeline import DecoderStage
 from megamoe.moe.layer import MoELayer
@@ -25,17 +27,19 @@ from megamoe.parallel import collectives
 from megamoe.parallel.axis import axis_of
 from megamoe.parallel.regions import sum_replicated_gradients
 from megamoe.training.checkpoint import folder as folders
-from megamoe.training.checkpoint.load import check, find, load_checkpoint
-from megamoe.training.checkpoint.save import save_checkpoint, topology_of
+from megamoe.training.checkpoint.load import check, choose, find, load_checkpoint
+from megamoe.training.checkpoint.saver import Saver, topology_of
 from megamoe.training.engine import Engine
-from megamoe.training.interrupt import catch_signals
-from megamoe.training.loop import Loop
+from megamoe.training.interrupt import catch_signals, ignore_signals
+from megamoe.training.loop import Loop, RunEnd
 from megamoe.training.monitors import monitors
 from megamoe.training.pipeline_engine import PipelineEngine
 from megamoe.training.run_folder import MetricsFile, open_run_folder, write_config
 from megamoe.training.setup import Runtime, placement
+from megamoe.training.slowest import Slowest, Stopwatch
 from megamoe.training.state import TrainState
 from megamoe.training.step import Loader
+from megamoe.training.supervision import supervised
 from megamoe.training.trainable import Selection, nothing_left, select_trainable
 
 UNUSED = {
@@ -79,17 +83,22 @@ def open_folder(config: RunConfig, runtime: Runtime) -> Path:
     return folder
 
 
-def carry_out(job: Job, config: RunConfig, runtime: Runtime) -> TrainState:
+def carry_out(job: Job, config: RunConfig, runtime: Runtime) -> RunEnd:
     """Train, resuming from the newest complete checkpoint where the configuration says so.
 
     Everything that can be wrong about the checkpoint is found before the model is built.
     """
     folder, shape = Path(config.training.output_dir), architecture(config, job.vocab_size)
     with ExitStack() as stack:
+        run = stack.enter_context(supervised(config.training, runtime.rank, runtime.world_size))
         resume = _find_checkpoint(config, job.digest, shape)
         collectives.together(lambda: write_config(config) if runtime.rank == 0 else None)
         stack.enter_context(monitors(config.training.monitor, folder / "logs"))
+        run.pulse.enter("model")
         engine = build_engine(config, runtime, job.vocab_size, job.fill)
+        # Each micro-batch is a sign of life, in training as in validation.
+        engine.model.register_forward_pre_hook(lambda module, args: run.pulse.tick())
+        run.pulse.enter("load")
         if resume is None:
             state = TrainState()
             job.begin(engine)
@@ -100,13 +109,17 @@ def carry_out(job: Job, config: RunConfig, runtime: Runtime) -> TrainState:
         if metrics is not None:
             stack.callback(metrics.close)
 
-        def save(state: TrainState) -> Path:
-            return save_checkpoint(engine, state, config, shape, job.tokenizer, job.digest)
-
+        saver = Saver(engine, config, shape, job.tokenizer, job.digest, run.pulse.tick)
         interrupt = stack.enter_context(catch_signals())
-        state = Loop(config, runtime, engine, job.data, job.validate, save, interrupt, metrics, state).run()
+        attention = next(module for module in engine.model.modules() if isinstance(module, Attention))
+        slowest = Slowest(collectives.gather_objects(socket.gethostname()), Stopwatch(attention, runtime.device))
+        parts = (engine, job.data, job.validate, saver, interrupt, metrics, run.pulse, slowest)
+        end = Loop(config, runtime, *parts, state).run()
+        run.why = end.why
+        if end.why != "finished":
+            ignore_signals()
         engine.close()
-    return state
+    return end
 
 
 def build_engine(config: RunConfig, runtime: Runtime, vocab_size: int, fill: Callable[[nn.Module], None]) -> Engine:
@@ -180,16 +193,10 @@ def check_kind(folder: Path, config: RunConfig) -> None:
 
 def _find_checkpoint(config: RunConfig, digest: str, shape: dict[str, Any]) -> tuple[Path, folders.Manifest] | None:
     """The checkpoint to resume from, checked against this run. Rank 0 looks, so that all take the same one."""
-    found = collectives.together(lambda: find(config.training) if collectives.rank() == 0 else None)
-    folder = collectives.gather_objects(found)[0]
-    if folder is None:
-        return None
 
-    def checked() -> folders.Manifest:
-        manifest = folders.read_manifest(folder)
+    def fits(folder: Path, manifest: folders.Manifest) -> None:
         check_kind(folder, config)
         check(folder, manifest, shape, topology_of(config), digest)
-        folders.verify(folder, manifest, collectives.rank(), collectives.world_size())
-        return manifest
 
-    return folder, collectives.together(checked)
+    found = collectives.together(lambda: find(config.training) if collectives.rank() == 0 else [])
+    return choose(found, fits)

@@ -3,24 +3,57 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from megamoe.common.log import get_logger
+from megamoe.common.main import REQUEUE as REQUEUE_CODE
 from megamoe.config.run import RunConfig
 from megamoe.data.batch import Batch
+from megamoe.training import guard
+from megamoe.training.checkpoint.saver import Saver
 from megamoe.training.engine import Engine
-from megamoe.training.interrupt import Interrupt
+from megamoe.training.faulty_step import dump_step
+from megamoe.training.heartbeat import Pulse
+from megamoe.training.interrupt import INTERRUPTED, REQUEUE, Interrupt
 from megamoe.training.metrics import StepMetrics
 from megamoe.training.progress import ProgressLine
 from megamoe.training.run_folder import MetricsFile
 from megamoe.training.schedule import lr_factor
 from megamoe.training.setup import Runtime
+from megamoe.training.slowest import Slowest, of_step
 from megamoe.training.state import TrainState
-from megamoe.training.step import Loader, rank_batches, train_step
+from megamoe.training.step import SKIPPED, Loader, rank_batches, train_step
 
 log = get_logger("megamoe.loop")
+
+WRITING = "writing"
+Why = Literal["finished", "interrupted", "requeue"]
+FINISHED: Why = "finished"
+
+
+@dataclass(frozen=True)
+class RunEnd:
+    """Where a run stands when this job leaves it, everything saved, and why it leaves.
+
+    Attributes:
+        why: finished: the last step is done; interrupted: a person asked; requeue: a batch system asked.
+    """
+
+    state: TrainState
+    why: Why
+
+    @property
+    def step(self) -> int:
+        """Steps of the run."""
+        return self.state.step
+
+    @property
+    def exit_code(self) -> int:
+        """Of the process."""
+        return REQUEUE_CODE if self.why == "requeue" else 0
 
 
 @dataclass
@@ -30,8 +63,11 @@ class Loop:
     Attributes:
         data: what is learnt.
         validate: measures on what is held out: `validation_loss` and whatever else; collective.
-        save: writes a checkpoint of a state and returns its folder; collective.
+        saver: writes the checkpoints.
+        interrupt: what this rank was asked for.
         metrics: where rank 0 writes; None on the others.
+        pulse: where this rank is, for whoever waits for it.
+        slowest: who was.
     """
 
     config: RunConfig
@@ -39,30 +75,40 @@ class Loop:
     engine: Engine
     data: Loader
     validate: Callable[[Engine], dict[str, float]]
-    save: Callable[[TrainState], Path]
+    saver: Saver
     interrupt: Interrupt
     metrics: MetricsFile | None
+    pulse: Pulse
+    slowest: Slowest
     state: TrainState
 
-    def run(self) -> TrainState:
-        """Train from `state` to the last step, or to a request to stop; saves before it leaves."""
+    def run(self) -> RunEnd:
+        """Train from `state` to the last step, or to a request to stop; saves before it leaves.
+
+        Raises:
+            TrainingError: too many steps could not be used. On all ranks.
+        """
         training = self.config.training
         last = min(training.steps, training.stop_after_step or training.steps)
-        saved_step, first = self.state.step, self.state.step
+        first, why = self.state.step, FINISHED
         started = time.perf_counter()
         with ProgressLine(training.steps, first, self.runtime.rank == 0) as progress:
-            while self.state.step < last:
+            while self.state.step < last and why == FINISHED:
                 result = self._step(progress, last, started, first)
-                leaving = result.interrupted or self.state.step == last
-                if self._due(training.validation.every, leaving and not result.interrupted):
+                _note_saved(progress, self.saver.collect(result.flags[WRITING]))
+                why = _why(result.flags) if self.state.step < last else FINISHED
+                leaving = why != FINISHED or self.state.step == last
+                if self._due(training.validation.every, self.state.step == last):
                     self._validate(progress)
                 if self._due(training.checkpoint.every, leaving):
-                    progress.note(f"saved {self.save(self.state)}")
-                    saved_step = self.state.step
-                if result.interrupted:
-                    progress.note(f"asked to stop: saved step {saved_step}, start again to go on")
-                    break
-        return self.state
+                    self._save()
+            self.pulse.enter("save")
+            _note_saved(progress, self.saver.finish())
+            if why != FINISHED:
+                progress.note(f"asked to stop: saved step {self.state.step}, start again to go on")
+            if summary := self.slowest.summary():
+                progress.note(summary)
+        return RunEnd(self.state, why)
 
     def _due(self, every: int, leaving: bool) -> bool:
         return leaving or (every > 0 and self.state.step % every == 0)
@@ -70,25 +116,60 @@ class Loop:
     def _step(self, progress: ProgressLine, last: int, started: float, first: int) -> StepMetrics:
         """One optimizer step and its report."""
         training, began = self.config.training, time.perf_counter()
+        self.slowest.watch.begin()
         batches = self._batches()
         factor = lr_factor(training.schedule, self.state.step + 1, training.steps)
-        result, grad_norm = train_step(self.engine, batches, factor, self.interrupt.requested)
+        self.pulse.enter("forward-backward")
+        busy = self.slowest.watch.seconds
+        result, norm = train_step(self.engine, batches, factor, self._flags, busy, self._accepts)
         samples = training.global_batch_size
         self.state = self.state.advanced(samples, samples * self.config.data.seq_length)
+        self.state = guard.judged(self.state, norm, result.flags[SKIPPED], training.faults)
+        self.slowest.add(result.busy_P)
         seconds = time.perf_counter() - began
-        if self.state.step % training.log_every == 0 or self.state.step == last:
+        self.pulse.took(seconds)
+        if self.state.step % training.log_every == 0 or self.state.step == last or result.flags[SKIPPED]:
             remaining = (time.perf_counter() - started) / (self.state.step - first) * (last - self.state.step)
-            self._report(progress, result, factor, grad_norm, seconds, remaining)
+            self._report(progress, result, factor, norm, seconds, remaining)
+        if result.flags[SKIPPED]:
+            self._after_skip(progress, batches, factor, norm)
         return result
+
+    def _accepts(self, norm: float) -> bool:
+        return guard.accepts(norm, self.state.norms, self.config.training.faults)
+
+    def _after_skip(self, progress: ProgressLine, batches: list[Batch], factor: float, norm: float) -> None:
+        """Leave what shows the skipped step again, and the run where there were too many."""
+        faults = self.config.training.faults
+        over, dump = guard.is_last_straw(self.state, norm, faults), None
+        if faults.dump and (over or self.state.skipped_in_row == 1):
+            self.pulse.enter("dump")
+            dump = dump_step(self.engine, self.config, batches, factor, norm, self.state)
+        where = f", see {dump}" if dump is not None else ""
+        progress.note(f"step {self.state.step} skipped: gradient norm {norm:g}{where}")
+        if over:
+            _note_saved(progress, self.saver.finish())
+            raise guard.too_many(self.state, norm, faults, dump)
+
+    def _flags(self) -> dict[str, bool]:
+        """What this rank has to tell the others after a step."""
+        return {**self.interrupt.flags(), WRITING: self.saver.writing}
 
     def _batches(self) -> list[Batch]:
         """This rank's micro-batches of the next optimizer step."""
-        return rank_batches(self.data, self.config, self.runtime, self.state.consumed_samples)
+        self.pulse.enter("data", self.state.step + 1)
+        with self.slowest.watch.reading():
+            return rank_batches(self.data, self.config, self.runtime, self.state.consumed_samples)
+
+    def _save(self) -> None:
+        self.pulse.enter("save")
+        self.saver.save(self.state)
 
     def _validate(self, progress: ProgressLine) -> None:
         """Measure on held-out data; the same every time."""
         if self.config.training.validation.batches == 0:
             return
+        self.pulse.enter("validate")
         values = self.validate(self.engine)
         if not values:
             return
@@ -117,16 +198,19 @@ class Loop:
                 "gradient_norm": grad_norm,
                 "tokens_per_second": tokens_per_second,
                 "step_seconds": seconds,
+                "skipped_steps": self.state.skipped,
+                **of_step(result.busy_P),
                 "drop_share": drop_share,
                 **values,
                 **lists,
             }
         )
         balance = values.get("balance_loss", 0.0)
+        skipped = f"  skipped {self.state.skipped}" if self.state.skipped else ""
         progress.step(
             self.state.step,
             f"loss {values['cross_entropy']:.4f}  balance {balance:.4f}  lr {lr:.2e}  grad {grad_norm:.3f}  "
-            f"{tokens_per_second:,.0f} tokens/s  dropped {drop_share:.1%}",
+            f"{tokens_per_second:,.0f} tokens/s  dropped {drop_share:.1%}{skipped}",
             remaining,
         )
 
@@ -140,3 +224,15 @@ class Loop:
             self.metrics.write(where | values)
         scalars = [(f"Train/{n}", v, self.state.step) for n, v in values.items() if isinstance(v, float)]
         self.engine.write_events(scalars)
+
+
+def _why(flags: Mapping[str, bool]) -> Why:
+    """What a step's flags ask for. A person's word counts for more: launchers pass Ctrl-C on as SIGTERM as well."""
+    if flags[INTERRUPTED]:
+        return "interrupted"
+    return "requeue" if flags[REQUEUE] else FINISHED
+
+
+def _note_saved(progress: ProgressLine, folder: Path | None) -> None:
+    if folder is not None:
+        progress.note(f"saved {folder}")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -11,7 +13,8 @@ from megamoe.model.decoder import ModelOutput
 from megamoe.parallel.collectives import gather_objects, reduce_dict
 from megamoe.parallel.groups import Groups
 
-INTERRUPTED = "interrupted"
+NO_FLAGS: Mapping[str, bool] = MappingProxyType({})
+_TOLD = "told"
 
 
 @dataclass
@@ -22,8 +25,10 @@ class StepMetrics:
     """`loss`, `cross_entropy`, auxiliary losses summed over layers, and `layers.<i>.<name>`."""
     observations: dict[int, dict[str, Tensor]]
     """Per block, the sums over the global batch that update its router's statistics."""
-    interrupted: bool = False
-    """Whether any rank was asked to stop."""
+    flags: dict[str, bool] = field(default_factory=dict)
+    """By name, whether any rank said so."""
+    busy_P: Tensor = field(default_factory=lambda: torch.zeros(0))
+    """What every rank said that it was busy, seconds; 0 of those that did not say."""
 
     def scalars(self) -> dict[str, float]:
         """The values that are one number."""
@@ -68,23 +73,29 @@ class Accumulator:
         else:
             _add(self.means if reduction == "mean" else self.sums, name, value)
 
-    def reduce(self, groups: Groups, interrupted: bool = False) -> StepMetrics:
+    def reduce(self, groups: Groups, flags: Mapping[str, bool] = NO_FLAGS, busy: float = 0.0) -> StepMetrics:
         """Combine micro-batches and ranks. Collective; two small all-reduces, and one exchange between stages if any.
 
         The results lie on the host: this is the one place of a step that waits for the device.
+
+        Args:
+            flags: what this rank has to tell all others; the same names on every rank.
+            busy: seconds that this rank worked, for all to know.
         """
         group = groups.stage.handle
         share = 1.0 / (max(1, self.count) * groups.stage.size)
         means = {f"mean/{name}": value * share for name, value in self.means.items()}
         added = reduce_dict(means | {f"sum/{name}": value for name, value in self.sums.items()}, group)
-        flag = torch.tensor(float(interrupted), device=next(iter(self.means.values())).device)
-        largest = reduce_dict(self.maxima | {INTERRUPTED: flag}, group, "max")
+        device = next(iter(self.means.values())).device
+        told = _told(flags, busy, groups).to(device, non_blocking=True)
+        largest = reduce_dict(self.maxima | {_TOLD: told}, group, "max")
         added, largest = on_host(added), on_host(largest)
-        stop = bool(largest.pop(INTERRUPTED) > 0)
+        told = largest.pop(_TOLD)
+        said = dict(zip(flags, (told[: len(flags)] > 0).tolist(), strict=True))
         values = {name.removeprefix("mean/"): v for name, v in added.items() if name.startswith("mean/")}
         sums = {name.removeprefix("sum/"): v for name, v in added.items() if name.startswith("sum/")}
         values |= {name: v for name, v in sums.items() if name.startswith("layers.")} | largest
-        result = StepMetrics(values, _by_layer(sums), stop)
+        result = StepMetrics(values, _by_layer(sums), said, told[len(flags) :])
         return result if groups.pp.size == 1 else _merged(gather_objects(result, groups.pp.handle))
 
 
@@ -95,7 +106,17 @@ def _merged(stages: list[StepMetrics]) -> StepMetrics:
         for name, value in stage.values.items():
             values[name] = values[name] + value if name in values and not name.startswith("layers.") else value
     observations = {index: seen for stage in stages for index, seen in stage.observations.items()}
-    return StepMetrics(values, observations, any(stage.interrupted for stage in stages))
+    flags = {name: any(stage.flags[name] for stage in stages) for name in stages[0].flags}
+    busy_P = torch.stack([stage.busy_P for stage in stages]).amax(0)
+    return StepMetrics(values, observations, flags, busy_P)
+
+
+def _told(flags: Mapping[str, bool], busy: float, groups: Groups) -> Tensor:
+    """The flags, and behind them the seconds at this rank's place among all: a maximum puts those side by side."""
+    told = torch.zeros(len(flags) + groups.topology.world_size)
+    told[: len(flags)] = torch.tensor([float(value) for value in flags.values()])
+    told[len(flags) + groups.rank] = busy
+    return told
 
 
 def on_host(values: dict[str, Tensor]) -> dict[str, Tensor]:

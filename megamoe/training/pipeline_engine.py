@@ -6,6 +6,7 @@ stage runs its forward passes in the order of the micro-batches, so it takes the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -71,14 +72,16 @@ class PipelineEngine(Engine):
         lr_factor: float,
         observe: Observe,
         before_step: Callable[[], None] = lambda: None,
+        accept: Callable[[float], bool] = math.isfinite,
     ) -> float:
         """As in :class:`Engine`. `observe` gets this stage's part of each micro-batch's output, in their order."""
         if len(batches) != self._engine.micro_batches or len({batch.tokens_BS.shape for batch in batches}) > 1:
             raise ValueError(f"the pipeline takes {self._engine.micro_batches} micro-batches of one shape per step")
         set_lr(self.optimizer, lr_factor)
         self._before_step = before_step
+        self._accept, self._accepted = accept, None
         self._engine.train_batch(self._feed(batches, observe))
-        return self._norm()
+        return self._stepped()
 
     def evaluate(self, batch: Batch, *, each: bool = False) -> ModelOutput:
         """As in :class:`Engine`: this stage's part of the output, but the scores on every stage."""
@@ -96,9 +99,13 @@ class PipelineEngine(Engine):
         """As in :class:`Engine`, of this stage; a tied embedding on the first stage only."""
         return self._once(super().full_gradients())
 
+    def is_copy(self, parameter: nn.Parameter) -> bool:
+        """As in :class:`Engine`: of a tied embedding, the first stage has the original."""
+        return _is_copy(self._stage, parameter)
+
     def _once(self, tensors: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         for name, tensor in tensors:
-            if not _is_copy(self._stage, self.parameter(name)):
+            if not self.is_copy(self.parameter(name)):
                 yield name, tensor
 
     def _feed(self, batches: Sequence[Batch], observe: Observe, each: bool = False) -> Iterator[tuple[Tensor, Tensor]]:

@@ -15,12 +15,12 @@ from megamoe.parallel import collectives
 from megamoe.training import random_state
 from megamoe.training.interrupt import leave_at_once
 from megamoe.training.job import Job, carry_out, open_folder
+from megamoe.training.loop import RunEnd
 from megamoe.training.setup import distributed
-from megamoe.training.state import TrainState
 from megamoe.training.validation import mean_loss
 
 
-def pretrain(config: RunConfig, world_size: int) -> TrainState:
+def pretrain(config: RunConfig, world_size: int) -> RunEnd:
     """Train, resuming from the newest complete checkpoint where the configuration says so.
 
     Everything that can be wrong about configuration, data and checkpoint is found before the model is built.

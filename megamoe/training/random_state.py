@@ -14,29 +14,37 @@ import torch
 from megamoe.common.determinism import stream_seed
 
 
-def seed_all(seed: int, rank: int) -> None:
-    """Seed every generator, differently on every rank."""
-    value = stream_seed(seed, "global", rank)
+def seed_all(seed: int, rank: int, step: int = 0) -> None:
+    """Seed every generator, differently on every rank, and anew for a run that goes on at `step` on other ranks."""
+    value = stream_seed(seed, "global", rank, *([step] if step else []))
     torch.manual_seed(value)
     np.random.seed(value % 2**32)
     random.seed(value)
 
 
 def get_states() -> dict[str, Any]:
-    """The state of every generator, of plain types and tensors."""
-    states: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate()}
+    """The state of every generator, as JSON can hold it."""
     numpy = np.random.get_state(legacy=False)
-    states["numpy"] = {**numpy, "state": {**numpy["state"], "key": numpy["state"]["key"].tolist()}}
+    states: dict[str, Any] = {
+        "torch": torch.get_rng_state().tolist(),
+        "python": random.getstate(),
+        "numpy": {**numpy, "state": {**numpy["state"], "key": numpy["state"]["key"].tolist()}},
+    }
     if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state()
+        states["cuda"] = torch.cuda.get_rng_state().tolist()
     return states
 
 
 def set_states(states: dict[str, Any]) -> None:
-    """Restore what `get_states` returned."""
-    torch.set_rng_state(states["torch"])
-    random.setstate(states["python"])
+    """Restore what `get_states` returned.
+
+    Raises:
+        KeyError, TypeError, ValueError: it is not that.
+    """
+    torch.set_rng_state(torch.tensor(states["torch"], dtype=torch.uint8))
+    version, numbers, gauss = states["python"]
+    random.setstate((version, tuple(numbers), gauss))
     key = np.array(states["numpy"]["state"]["key"], dtype=np.uint32)
     np.random.set_state({**states["numpy"], "state": {**states["numpy"]["state"], "key": key}})
     if "cuda" in states and torch.cuda.is_available():
-        torch.cuda.set_rng_state(states["cuda"])
+        torch.cuda.set_rng_state(torch.tensor(states["cuda"], dtype=torch.uint8))

@@ -64,15 +64,19 @@ def _naming_lost_peers() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        text = str(error)
-        if not isinstance(error, dist.DistError) and not any(sign in text for sign in _LOST):
+        if not is_lost_peer(error):
             raise
         raise LostPeerError(
             "The connection to another rank broke, or it did not answer in time.",
-            got=text.splitlines()[0],
+            got=str(error).splitlines()[0],
             expected="all ranks running, each collective within training.timeout_minutes",
             todo="look for the first error of the other ranks; a rank killed by the system (memory) leaves none",
         ) from error
+
+
+def is_lost_peer(error: RuntimeError) -> bool:
+    """Whether a collective failed, which is another rank's failure."""
+    return isinstance(error, dist.DistError) or any(sign in str(error) for sign in _LOST)
 
 
 def placement(groups: Groups) -> Placement:

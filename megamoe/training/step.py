@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 from megamoe.config import derive
 from megamoe.config.run import RunConfig
 from megamoe.data.batch import Batch
 from megamoe.training.engine import Engine
-from megamoe.training.metrics import Accumulator, StepMetrics
+from megamoe.training.metrics import NO_FLAGS, Accumulator, StepMetrics
 from megamoe.training.setup import Runtime
+
+SKIPPED, _DONE = "skipped", "done"
 
 
 class Loader(Protocol):
@@ -32,22 +35,34 @@ def rank_batches(data: Loader, config: RunConfig, runtime: Runtime, consumed: in
 
 
 def train_step(
-    engine: Engine, batches: Sequence[Batch], lr_factor: float, interrupted: bool = False
+    engine: Engine,
+    batches: Sequence[Batch],
+    lr_factor: float,
+    flags: Callable[[], Mapping[str, bool]] = lambda: NO_FLAGS,
+    busy: Callable[[], float] = lambda: 0.0,
+    accept: Callable[[float], bool] = math.isfinite,
 ) -> tuple[StepMetrics, float]:
     """Forward and backward passes, optimizer, running statistics. Collective.
 
     Args:
         batches: this rank's micro-batches, as many on every rank.
         lr_factor: share of the peak learning rate.
-        interrupted: whether this rank was asked to stop, for all to know.
+        flags: what this rank has to tell all others by then; asked once the optimizer's step is done.
+
+        busy: seconds that this rank worked, asked then as well.
+        accept: whether a step of this gradient norm counts; the same answer on every rank.
 
     Returns:
-        What all ranks saw together, and the global gradient norm.
+        What all ranks saw together, with the flag SKIPPED where the step changed nothing; and the global gradient norm.
     """
     accumulator = Accumulator()
-    grad_norm = engine.train(batches, lr_factor, accumulator.add)
-    result = accumulator.reduce(engine.groups, interrupted)
-    update_statistics(engine, result)
+    grad_norm = engine.train(batches, lr_factor, accumulator.add, accept=accept)
+    verdict = {SKIPPED: engine.rejected, _DONE: not engine.rejected}
+    result = accumulator.reduce(engine.groups, {**flags(), **verdict}, busy())
+    if result.flags[SKIPPED] and result.flags.pop(_DONE):
+        raise RuntimeError(f"some ranks did a step and others skipped it; here its gradient norm is {grad_norm!r}")
+    if not result.flags[SKIPPED]:
+        update_statistics(engine, result)
     return result, grad_norm
 
 

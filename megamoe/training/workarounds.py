@@ -18,30 +18,6 @@ SUPPORTED = ("0.19.8", "0.20")
 
 
 @contextlib.contextmanager
-def failing_at_the_end(engine: Any) -> Iterator[None]:
-    """Let DeepSpeed go through all of a save's collectives although a file could not be written; then raise."""
-    writer = engine.checkpoint_engine
-    failures: list[Exception] = []
-
-    def kept(write: Callable[..., Any]) -> Callable[..., None]:
-        def attempt(*args: Any, **kwargs: Any) -> None:
-            try:
-                if not failures:
-                    write(*args, **kwargs)
-            except (OSError, RuntimeError) as error:
-                failures.append(error)
-
-        return attempt
-
-    # Its scripts that gather ZeRO shards are left out: a checkpoint has the gathered weights beside them.
-    replaced = {"save": kept(writer.save), "makedirs": kept(writer.makedirs)}
-    with attributes(writer, replaced), attributes(engine, {"_copy_recovery_script": lambda folder: None}):
-        yield
-    if failures:
-        raise failures[0]
-
-
-@contextlib.contextmanager
 def no_expert_group_asked_of_zero(model: nn.Module) -> Iterator[None]:
     """Let ZeRO-1 and -2 start where no expert is trained: for MoE layers they insist on a group of expert parameters.
 
@@ -83,6 +59,32 @@ def norm_of_experts_alone(optimizer: Any) -> None:
         return [torch.zeros(1, device=optimizer.fp32_groups_gradients_flat[0].device)], gradients[1]
 
     optimizer.get_grads_for_norm = with_a_zero
+
+
+def forget_gradients(optimizer: Any) -> None:
+    """ZeRO-1 and -2 that offload keep the gradients of a step that they discarded, and add the next ones to them."""
+    if getattr(optimizer, "cpu_offload", False):
+        for group in optimizer.averaged_gradients:
+            optimizer.averaged_gradients[group] = None
+
+
+def momentum_held_back(optimizer: Any) -> Callable[[], None]:
+    """Where ZeRO moves Muon's momentum before it steps the optimizer, keep it from that.
+
+    Returns:
+        Moves it; to be called right before a step that is done.
+    """
+    names = ("_commit_muon_momentum", "_prepare_muon_updates")  # of ZeRO-1 and -2; of bf16 at ZeRO-1
+    moves = [getattr(optimizer, name) for name in names if hasattr(optimizer, name)]
+    for name in names:
+        if hasattr(optimizer, name):
+            setattr(optimizer, name, lambda: None)
+
+    def move() -> None:
+        for each in moves:
+            each()
+
+    return move
 
 
 @contextlib.contextmanager

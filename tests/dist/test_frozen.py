@@ -20,9 +20,10 @@ from megamoe.model.initialise import initialise
 from megamoe.testing import parity
 from megamoe.testing.configs import tiny_config
 from megamoe.testing.ranks import run_ranks
-from megamoe.testing.runs import prepared_run
+from megamoe.testing.runs import TIMING, prepared_run
 from megamoe.training import pretrain
 from megamoe.training.checkpoint import folder as folders
+from megamoe.training.checkpoint.reader import Reader
 
 STEPS = 3
 PARTS = {
@@ -35,7 +36,6 @@ PARTS = {
 }
 CLIPPING = "training.gradient_clipping=0.0004"
 """Below the norm of every part's gradients (the router's are 0.0007), so that clipping is active."""
-TIMING = ("tokens_per_second", "step_seconds")
 
 
 def is_trained(part: str, name: str) -> bool:
@@ -131,12 +131,11 @@ def job(overrides: tuple[str, ...], shift: int = 0) -> int:
 
 
 def outcome(run: Path) -> tuple[list[Any], dict[str, Tensor]]:
-    """What is written about the last two steps, and all weights after them."""
+    """What is written about the last two steps, and everything that is saved after them."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     values = [{k: v for k, v in line.items() if k not in TIMING} for line in lines if line["step"] > 2]
-    files = sorted((folders.root(run) / folders.final_name(4) / "weights").glob("*.pt"))
-    weights = {f"{f.name}:{n}": w for f in files for n, w in torch.load(f, weights_only=True).items()}
-    return values, weights
+    reader = Reader(folders.root(run) / folders.final_name(4))
+    return values, {tensor: reader.read(tensor) for tensor in reader.index.tensors}
 
 
 @pytest.fixture(scope="module")

@@ -15,8 +15,9 @@ from megamoe.config.load import load_config
 from megamoe.model.decoder import Decoder
 from megamoe.testing import assert_equal_bits
 from megamoe.testing.launches import one_error, run_script
-from megamoe.testing.runs import WORDS, Run
+from megamoe.testing.runs import TIMING, WORDS, Run
 from megamoe.training.checkpoint import folder as folders
+from megamoe.training.checkpoint.reader import Reader
 from megamoe.training.checkpoint.weights import load_weights
 
 FINETUNE, PRETRAIN, EVALUATE, GENERATE = (f"launch/{n}.py" for n in ("finetune", "pretrain", "evaluate", "generate"))
@@ -78,12 +79,8 @@ def steps(metrics: list[dict[str, Any]], name: str) -> list[float]:
 
 
 def weights(run: Run) -> dict[str, torch.Tensor]:
-    folder = folders.complete(run.folder)[-1] / "weights"
-    return {
-        f"{path.stem}:{name}": tensor
-        for path in sorted(folder.glob("*.pt"))
-        for name, tensor in torch.load(path, weights_only=True).items()
-    }
+    reader = Reader(folders.complete(run.folder)[-1])
+    return {name: reader.read(f"{kind}/{name}") for kind in ("weight", "statistic") for name in reader.names(kind)}
 
 
 @pytest.mark.parametrize(
@@ -147,9 +144,8 @@ def test_resuming_equals_the_straight_run(tuned: Run, tmp_path: Path, layout: tu
     start(straight, *more)
     start(tuned, *more, "training.stop_after_step=3")
     start(tuned, *more)
-    timing = ("tokens_per_second", "step_seconds")
     one, other = (
-        [{k: v for k, v in line.items() if k not in timing} for line in r.metrics()] for r in (tuned, straight)
+        [{k: v for k, v in line.items() if k not in TIMING} for line in r.metrics()] for r in (tuned, straight)
     )
     assert one == other
     resumed, expected = weights(tuned), weights(straight)
@@ -278,7 +274,7 @@ def test_bad_input(tuned: Run, words: tuple[str, ...], says: tuple[str, ...]) ->
 
 
 def test_a_damaged_start(trained: Run, tuned: Run) -> None:
-    weights_file = folders.complete(trained.folder)[-1] / "weights" / "dense.pt"
+    weights_file = folders.complete(trained.folder)[-1] / "state" / "rank_00000.safetensors"
     content = bytearray(weights_file.read_bytes())
     content[len(content) // 2] ^= 1
     weights_file.write_bytes(content)

@@ -10,11 +10,10 @@ from typing import Any
 import pytest
 
 from megamoe.testing.launches import Launcher, Outcome, launch, run_script
-from megamoe.testing.runs import Run
+from megamoe.testing.runs import TIMING, Run
 
 PRETRAIN = "launch/pretrain.py"
 # What cannot be equal in two runs: the clock.
-TIMING = ("tokens_per_second", "step_seconds")
 MONITORS = ("training.monitor.tensorboard=true", "training.monitor.wandb.enabled=true")
 
 

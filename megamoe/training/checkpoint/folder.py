@@ -2,13 +2,16 @@
 
     <output_dir>/checkpoints/step_00000100/
         manifest.json     written last; lists every other file with size and digest
+        index.json        every tensor with its shape, and in which files its pieces are
         config.json       the run's configuration
         tokenizer.model
-        weights/          parameters and running statistics in fp32, by global name, independent of the layout
-        engine/           DeepSpeed's own files: weights and optimizer state, for the same layout only
+        state/            weights, the optimizer's state and running statistics: pieces of whole tensors, by global name
         ranks/            random streams of each rank
 
-A checkpoint is written under a name that starts with a dot and renamed once its manifest is on the disk.
+Tensors are in safetensors files, everything else is JSON: reading a checkpoint runs no code of whoever wrote it.
+
+A checkpoint is written under a name that starts with a dot and renamed once its manifest is on the disk. One that is to
+go is renamed before its files are deleted, so what has the name of a checkpoint is whole.
 """
 
 from __future__ import annotations
@@ -18,18 +21,20 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Container
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
 from typing_extensions import TypedDict  # pydantic takes typing's own from Python 3.12 on
 
-from megamoe.common.errors import CheckpointError
+from megamoe.common.errors import CheckpointError, DamagedCheckpointError
+from megamoe.training.state import TrainState
 
-FORMAT = 1
+FORMAT: Literal[2] = 2
 MANIFEST = "manifest.json"
-_PREFIX, _INCOMPLETE = "step_", ".incomplete-"
+_PREFIX, _INCOMPLETE, _REPLACED, _DELETED = "step_", ".incomplete-", ".replaced-", ".deleted-"
 _NAME = re.compile(rf"{_PREFIX}(\d+)")
 
 
@@ -44,15 +49,19 @@ class FileEntry(TypedDict):
 class Manifest:
     """What a checkpoint holds."""
 
-    step: int
-    consumed_samples: int
-    consumed_tokens: int
+    state: TrainState
     architecture: dict[str, Any]
     topology: dict[str, Any]
+    """The layout that wrote it; any other can read it."""
     tokenizer_digest: str
     files: dict[str, FileEntry]
     """By path relative to the checkpoint's folder."""
-    format: int = FORMAT
+    format: Literal[2] = FORMAT
+
+    @property
+    def step(self) -> int:
+        """Steps of the run."""
+        return self.state.step
 
 
 def root(output_dir: str | Path) -> Path:
@@ -65,9 +74,19 @@ def final_name(step: int) -> str:
     return f"{_PREFIX}{step:08d}"
 
 
-def incomplete_path(output_dir: str | Path, step: int) -> Path:
-    """Where the checkpoint is written."""
-    return root(output_dir) / f"{_INCOMPLETE}{final_name(step)}"
+def incomplete_path(output_dir: str | Path, step: int, writer: str = "") -> Path:
+    """Where the checkpoint is written.
+
+    Args:
+        writer: something of the process's own, so that one that was thought dead does not write into another's.
+    """
+    return root(output_dir) / f"{_INCOMPLETE}{final_name(step)}{writer and '-'}{writer}"
+
+
+def final_name_of(incomplete: Path) -> str:
+    """The name that the checkpoint is to have."""
+    found = _NAME.search(incomplete.name)
+    return found[0] if found else incomplete.name
 
 
 def complete(output_dir: str | Path) -> list[Path]:
@@ -97,15 +116,26 @@ def locate(path: str | Path) -> Path:
 
 
 def clear_incomplete(output_dir: str | Path) -> None:
-    """Remove what interrupted saves left behind."""
-    for folder in root(output_dir).glob(f"{_INCOMPLETE}*"):
-        shutil.rmtree(folder, ignore_errors=True)
+    """Remove what interrupted saves and deletions left behind."""
+    recover(output_dir)
+    for prefix in (_INCOMPLETE, _DELETED, _REPLACED):
+        for folder in root(output_dir).glob(f"{prefix}*"):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
-def digests(folder: Path, share: int = 0, shares: int = 1) -> dict[str, FileEntry]:
-    """Size and digest of every file below `folder`, or of one share of them (for several ranks side by side)."""
+def recover(output_dir: str | Path) -> None:
+    """Give back its name to a checkpoint that was being replaced when the process died, before the new one had it."""
+    for folder in root(output_dir).glob(f"{_REPLACED}*"):
+        final = folder.with_name(folder.name.removeprefix(_REPLACED))
+        if not final.exists():
+            folder.rename(final)
+
+
+def digests(folder: Path, but: Container[str] = ()) -> dict[str, FileEntry]:
+    """Size and digest of every file below `folder` but those that are known already."""
     files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
-    return {str(p.relative_to(folder)): _describe(p) for p in files[share::shares]}
+    names = (str(p.relative_to(folder)) for p in files)
+    return {name: _describe(folder / name) for name in names if name not in but}
 
 
 def publish(folder: Path, manifest: Manifest) -> Path:
@@ -116,17 +146,35 @@ def publish(folder: Path, manifest: Manifest) -> Path:
         file.flush()
         os.fsync(file.fileno())
     final = folder.with_name(final_name(manifest.step))
+    replaced = folder.with_name(f"{_REPLACED}{final.name}")
+    for inner in {path.parent for path in folder.rglob("*")}:
+        _sync(inner)
     if final.exists():
-        shutil.rmtree(final)
+        shutil.rmtree(replaced, ignore_errors=True)
+        final.rename(replaced)
     folder.rename(final)
+    _sync(final.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
     return final
+
+
+def _sync(folder: Path) -> None:
+    """Bring the names in a folder to the disk."""
+    number = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
 
 
 def retain(output_dir: str | Path, keep: int, keep_every: int) -> None:
     """Delete all but the newest `keep` checkpoints and those whose step is a multiple of `keep_every` (0: none)."""
     for folder in complete(output_dir)[:-keep]:
         if keep_every == 0 or (_step_of(folder) or 0) % keep_every:
-            shutil.rmtree(folder, ignore_errors=True)
+            going = folder.with_name(f"{_DELETED}{folder.name}")
+            shutil.rmtree(going, ignore_errors=True)
+            folder.rename(going)
+            shutil.rmtree(going, ignore_errors=True)
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -145,19 +193,28 @@ def read_manifest(folder: Path) -> Manifest:
             todo="correct the path",
         ) from error
     except ValidationError as error:
+        _check_format(folder)
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise damaged(folder, f"manifest.json cannot be read: {where} {first['msg']}") from error
     except OSError as error:
         raise damaged(folder, f"manifest.json cannot be read: {error}") from error
-    if manifest.format != FORMAT:
+    return manifest
+
+
+def _check_format(folder: Path) -> None:
+    """Whether a manifest that does not fit is one of this version at all."""
+    try:
+        found = json.loads((folder / MANIFEST).read_bytes()).get("format")
+    except (OSError, ValueError, AttributeError):
+        return
+    if isinstance(found, int) and found != FORMAT:
         raise CheckpointError(
             f"{folder} has another format",
-            got=f"format {manifest.format}",
+            got=f"format {found}",
             expected=f"format {FORMAT}",
             todo="use the version of megamoe that wrote it",
         )
-    return manifest
 
 
 def verify(folder: Path, manifest: Manifest, share: int = 0, shares: int = 1) -> None:
@@ -177,7 +234,14 @@ def verify(folder: Path, manifest: Manifest, share: int = 0, shares: int = 1) ->
             raise damaged(folder, f"the content of {name} does not match its digest")
 
 
-def damaged(folder: Path, what: str) -> CheckpointError:
+def set_aside(folder: Path) -> None:
+    """Give a damaged checkpoint a name that is no checkpoint's, for a person to look at."""
+    aside = folder.with_name(f"damaged_{folder.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    folder.rename(aside)
+
+
+def damaged(folder: Path, what: str) -> DamagedCheckpointError:
     """The error for a damaged checkpoint, with the way back to the previous one."""
     step = _step_of(folder)
     before = [p for p in complete(folder.parent.parent) if step is not None and (_step_of(p) or 0) < step]
@@ -187,7 +251,7 @@ def damaged(folder: Path, what: str) -> CheckpointError:
         if sound
         else "there is no older checkpoint that is complete; move this one away to start again"
     )
-    return CheckpointError(f"checkpoint {folder} is damaged", got=what, expected="files as written", todo=todo)
+    return DamagedCheckpointError(f"checkpoint {folder} is damaged", got=what, expected="files as written", todo=todo)
 
 
 def _step_of(folder: Path) -> int | None:

@@ -1,32 +1,44 @@
-"""Finding, checking and reading a checkpoint."""
+"""Finding, checking and reading a checkpoint to go on from, on any layout."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from megamoe.common.errors import CheckpointError
+from megamoe.common.errors import CheckpointError, DamagedCheckpointError
+from megamoe.common.log import get_logger
 from megamoe.config.architecture import differences
 from megamoe.config.training import TrainingConfig
 from megamoe.parallel import collectives
 from megamoe.training import random_state
 from megamoe.training.checkpoint import folder as folders
-from megamoe.training.checkpoint.save import ENGINE_TAG
+from megamoe.training.checkpoint.reader import Reader
+from megamoe.training.checkpoint.saver import RANKS
 from megamoe.training.engine import Engine
+from megamoe.training.fragments import restore
 from megamoe.training.state import TrainState
 
+KEPT = ("precision", "optimizer", "trainable", "frozen")
+"""What of the layout that wrote a checkpoint a run that goes on from it has to keep."""
 
-def find(training: TrainingConfig) -> Path | None:
-    """The checkpoint that `training.checkpoint.resume` asks for; None to start afresh.
+Check = Callable[[Path, folders.Manifest], None]
+
+log = get_logger("megamoe.checkpoint")
+
+
+def find(training: TrainingConfig) -> list[Path]:
+    """The checkpoints that `training.checkpoint.resume` asks for, the newest first; none to start afresh.
 
     Raises:
         CheckpointError: it asks for one and there is none, or for none and there is one.
     """
-    resume, found = training.checkpoint.resume, folders.complete(training.output_dir)
+    resume = training.checkpoint.resume
     if resume not in ("auto", "must", "never"):
-        return Path(resume)
+        return [Path(resume)]
+    folders.recover(training.output_dir)
+    found = folders.complete(training.output_dir)
     if resume == "never" and found:
         raise CheckpointError(
             f"{training.output_dir} holds checkpoints already",
@@ -41,7 +53,53 @@ def find(training: TrainingConfig) -> Path | None:
             expected="at least one complete checkpoint",
             todo="check training.output_dir, or start with training.checkpoint.resume=auto",
         )
-    return found[-1] if found else None
+    return found[::-1]
+
+
+def choose(found: Sequence[Path], check_it: Check) -> tuple[Path, folders.Manifest] | None:
+    """The first of the checkpoints that is sound, with its manifest. Collective.
+
+    Those before it are set aside under another name, so that they neither count as kept nor come up again.
+
+    Args:
+        found: on rank 0; the others' do not count.
+        check_it: whether the run can go on from it; for the reasons other than damage that raise.
+
+    Raises:
+        CheckpointError: `check_it` says so, or none of them is sound.
+    """
+    broken: dict[Path, DamagedCheckpointError] = {}
+    for folder in collectives.gather_objects(list(found))[0]:
+        looked = collectives.gather_objects(collectives.together(lambda: _look(folder, check_it)))  # noqa: B023
+        damage = next((one for one in looked if isinstance(one, DamagedCheckpointError)), None)
+        if damage is None:
+            _set_aside(broken, folder)
+            return folder, looked[collectives.rank()]  # type: ignore[return-value]
+        broken[folder] = damage
+    if broken:
+        collectives.together(lambda: _fail(next(iter(broken.values()))))
+    return None
+
+
+def _look(folder: Path, check_it: Check) -> folders.Manifest | DamagedCheckpointError:
+    try:
+        manifest = folders.read_manifest(folder)
+        check_it(folder, manifest)
+        folders.verify(folder, manifest, collectives.rank(), collectives.world_size())
+    except DamagedCheckpointError as damage:
+        return damage
+    return manifest
+
+
+def _fail(error: Exception) -> None:
+    raise error
+
+
+def _set_aside(broken: Mapping[Path, DamagedCheckpointError], sound: Path) -> None:
+    for folder, damage in broken.items():
+        log.warning("%s: %s; going on from %s", damage.what, damage.got, sound)
+        if collectives.rank() == 0:
+            folders.set_aside(folder)
 
 
 def check(
@@ -70,21 +128,32 @@ def check(
             expected=f"tokenizer {manifest.tokenizer_digest[:12]}, as in {folder}/tokenizer.model",
             todo="prepare the data with data.tokenizer.path set to that file",
         )
-    if changed := differences(manifest.topology, topology):
+    kept = {name: (manifest.topology.get(name), topology[name]) for name in KEPT}
+    if changed := [f"{name}: {before} -> {now}" for name, (before, now) in kept.items() if before != now]:
         raise CheckpointError(
-            f"checkpoint {folder} was written by another layout",
+            f"checkpoint {folder} was trained another way",
             got="; ".join(f"{part} (checkpoint -> this run)" for part in changed),
-            expected="the same ranks, parallel degrees, ZeRO stage, precision, optimizer and trained parameters",
-            todo="start with the checkpoint's layout; changing it between runs is not supported yet",
+            expected="the same precision, optimizer and trained parameters; everything else of the layout may differ",
+            todo="restore these settings, or start a new run from its weights",
         )
 
 
 def load_checkpoint(engine: Engine, folder: Path, manifest: folders.Manifest) -> TrainState:
     """Restore weights, optimizer, statistics and random streams from files that were verified. Collective."""
+    restore(engine, Reader(folder), manifest.state.updates)
+    collectives.together(lambda: _restore_streams(engine, folder, manifest))
+    return manifest.state
+
+
+def _restore_streams(engine: Engine, folder: Path, manifest: folders.Manifest) -> None:
+    """Each rank's own, if there are as many ranks as there were; else new ones, since there is nothing to continue."""
+    ranks = manifest.topology.get("world_size")
+    if ranks != collectives.world_size():
+        log.info("random generators start anew: the checkpoint has those of %s ranks", ranks)
+        random_state.seed_all(engine.config.training.seed, collectives.rank(), manifest.step)
+        return
+    path = folder / RANKS / f"rank_{collectives.rank():05d}.json"
     try:
-        engine.load(folder / "engine", ENGINE_TAG)
-        name = f"rank_{collectives.rank():05d}.pt"
-        random_state.set_states(torch.load(folder / "ranks" / name, weights_only=True))
-    except (OSError, RuntimeError, ValueError, KeyError) as error:
-        raise folders.damaged(folder, str(error)) from error
-    return TrainState(manifest.step, manifest.consumed_samples, manifest.consumed_tokens)
+        random_state.set_states(json.loads(path.read_bytes()))
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise folders.damaged(folder, f"{path.name} cannot be read: {error}") from error

@@ -105,6 +105,13 @@ BREAKERS: dict[str, list[tuple[list[str], str]]] = {
         )
     ],
     "muon_updates_are_not_clipped": [(["training.optimizer.type=muon"], "training.gradient_clipping")],
+    "spikes_stand_out": [
+        (["training.faults.spike_factor=0.5"], "training.faults.spike_factor"),
+        (
+            ["training.faults.spike_factor=4", "training.optimizer.type=muon", "training.gradient_clipping=0"],
+            "training.faults.spike_factor",
+        ),
+    ],
     "extra_leaves_our_keys": [
         (["deepspeed_extra.zero_optimization.stage=2"], "deepspeed_extra.zero_optimization.stage"),
         (["deepspeed_extra.zero_optimization=2"], "deepspeed_extra.zero_optimization"),

@@ -48,13 +48,13 @@ def output(rank: int, micro_step: int) -> ModelOutput:
     return ModelOutput(loss, v["cross_entropy"], (LayerAux({}, {}, {}), first, second))
 
 
-def reduced(asked_to_stop: int) -> StepMetrics:
+def reduced(says_so: int) -> StepMetrics:
     world_size, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
     groups = build_groups(Topology(world_size))
     accumulator = Accumulator()
     for micro_step in range(MICRO_STEPS):
         accumulator.add(output(rank, micro_step))
-    return accumulator.reduce(groups, interrupted=rank == asked_to_stop)
+    return accumulator.reduce(groups, {"asked": rank == says_so, "other": False}, busy=1.5 + rank)
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
@@ -81,11 +81,25 @@ def test_against_plain_arithmetic(world_size: int) -> None:
         assert list(result.observations) == [1]
         for name in ("token_sum", "token_count"):
             assert_close(result.observations[1][name], stacked[name].sum(0), rel=1e-5, name=name)
-        assert not result.interrupted
+        assert result.flags == {"asked": False, "other": False}
+        assert result.busy_P.tolist() == [1.5 + rank for rank in range(world_size)]
 
 
-def test_every_rank_learns_that_one_was_asked_to_stop() -> None:
-    assert [result.interrupted for result in run_ranks(reduced, 2, 1)] == [True, True]
+def test_every_rank_learns_what_one_says() -> None:
+    assert [result.flags for result in run_ranks(reduced, 2, 1)] == [{"asked": True, "other": False}] * 2
+
+
+def reduced_over_stages() -> StepMetrics:
+    rank = torch.distributed.get_rank()
+    accumulator = Accumulator()
+    accumulator.add(output(rank, 0))
+    return accumulator.reduce(build_groups(Topology(2, pp=2)), {"asked": rank == 1}, busy=1.5 + rank)
+
+
+def test_every_stage_learns_what_the_other_says() -> None:
+    for result in run_ranks(reduced_over_stages, 2):
+        assert result.flags == {"asked": True}
+        assert result.busy_P.tolist() == [1.5, 2.5]
 
 
 def test_scalars_and_summaries_over_layers() -> None:

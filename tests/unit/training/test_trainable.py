@@ -14,8 +14,9 @@ from megamoe.moe.routers.base import Router
 from megamoe.testing.configs import tiny_config
 from megamoe.training.checkpoint.folder import Manifest
 from megamoe.training.checkpoint.load import check
-from megamoe.training.checkpoint.save import topology_of
+from megamoe.training.checkpoint.saver import topology_of
 from megamoe.training.optimizer import parameter_groups
+from megamoe.training.state import TrainState
 from megamoe.training.trainable import select_trainable
 
 MIXED = ("model.num_layers=2", "moe.first_k_dense=1", "moe.num_shared_experts=1")
@@ -136,7 +137,7 @@ def test_the_optimizer_gets_what_is_trained(kind: str) -> None:
 
 
 def manifest(topology: dict[str, Any]) -> Manifest:
-    return Manifest(1, 8, 256, architecture={}, topology=topology, tokenizer_digest="", files={})
+    return Manifest(TrainState(1, 8, 256), architecture={}, topology=topology, tokenizer_digest="", files={})
 
 
 @pytest.mark.parametrize("saved, now", [(ROUTER, EXPERTS), (ROUTER, ()), ((), ROUTER), ((), (BROADCAST,))])
@@ -148,9 +149,9 @@ def test_a_checkpoint_of_another_selection_is_refused(saved: tuple[str, ...], no
         check(Path("x"), manifest(written), {}, wanted, "")
 
 
-def test_checkpoints_from_before_there_was_offloading_go_on() -> None:
-    assert not {name for name in topology_of(tiny_config()) if name.startswith("offload")}
-    assert topology_of(tiny_config("parallel.offload_optimizer=true"))["offload_optimizer"] is True
+@pytest.mark.parametrize("now", ["parallel.zero_stage=2", "parallel.ep=2", "parallel.offload_optimizer=true"])
+def test_a_checkpoint_of_another_layout_is_not(now: str) -> None:
+    check(Path("x"), manifest(topology_of(tiny_config())), {}, topology_of(tiny_config(now)), "")
 
 
 def test_of_a_part_only_the_whole_can_tell_that_nothing_is_left() -> None:

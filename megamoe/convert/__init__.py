@@ -1,0 +1,1 @@
+"""Checkpoints looked at, checked and written anew, without an engine."""
