@@ -24,11 +24,11 @@ check() {
     printf '== %s\n' "$1"
     "${@:2}" || failed+=("$1")
 }
-mapfile -t scripts < <(git ls-files --cached --others --exclude-standard '*.sh' .ci/run)
+mapfile -t scripts < <(git ls-files --cached --others --exclude-standard '*.sh' '*.sbatch' .ci/run)
 check "ruff check" ruff check --quiet .
 check "ruff format" ruff format --check --quiet .
 check "mypy" mypy
-((${#scripts[@]} == 0)) || check "shellcheck" shellcheck "${scripts[@]}"
+((${#scripts[@]} == 0)) || check "shellcheck" shellcheck -x "${scripts[@]}"
 # Two workers: one runs the tests that start ranks of their own, the other everything else (tests/conftest.py).
 printf '== pytest%s\n' "${failed:+ (failed before it: ${failed[*]})}"
 python -m pytest -q -n 2 --dist loadgroup -m "not gpu and not thorough" || exit

@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
+from itertools import product
 from typing import Literal
 
 from megamoe.common.errors import TopologyError
@@ -160,14 +161,54 @@ def export_rendezvous() -> None:
         export(name, str(value))
 
 
+def host_of(rank: int) -> str | None:
+    """Name of the host that a rank was started on, where the launcher tells: srun, which fills one after the other."""
+    names, per_node = get("SLURM_STEP_NODELIST"), get("SLURM_STEP_TASKS_PER_NODE")
+    if launcher() != "srun" or names is None or per_node is None:
+        return None
+    places = [host for host, tasks in zip(hosts(names), _tasks_per_node(per_node), strict=False) for _ in range(tasks)]
+    return places[rank] if rank < len(places) else None
+
+
 def first_host(node_list: str) -> str:
     """First host of a SLURM node list: ``gpu[07-09,12],login1`` gives ``gpu07``."""
-    first = re.match(r"(?:\[[^\]]*\]|[^,\[])+", node_list.strip())
-    return re.sub(r"\[(\w+)[^\]]*\]", r"\1", first.group()) if first else ""
+    return next(iter(hosts(node_list)), "")
+
+
+def hosts(node_list: str) -> list[str]:
+    """All hosts of a SLURM node list: ``gpu[07-08,12],login1`` gives gpu07, gpu08, gpu12 and login1."""
+    found: list[str] = []
+    for item in re.findall(r"(?:\[[^\]]*\]|[^,\[])+", node_list.strip()):
+        parts = re.split(r"\[([^\]]*)\]", item)
+        choices = [_numbers(part) if place % 2 else [part] for place, part in enumerate(parts)]
+        found += map("".join, product(*choices))
+    return found
+
+
+def _numbers(ranges: str) -> list[str]:
+    """``07-09,12`` gives 07, 08, 09 and 12."""
+    found: list[str] = []
+    for item in ranges.split(","):
+        first, _, last = item.partition("-")
+        wide = range(int(first), int(last) + 1) if last else None
+        found += [first] if wide is None else [str(number).zfill(len(first)) for number in wide]
+    return found
 
 
 def _tasks_on_node(per_node: str, node: int) -> int:
     """Entry ``node`` of SLURM's run-length list: ``4(x2),3`` means 4, 4 and 3 tasks."""
+    counts = _tasks_per_node(per_node)
+    if node >= len(counts):
+        raise TopologyError(
+            "SLURM's node number lies outside its list of tasks per node.",
+            got=f"node {node} of {per_node}",
+            expected=f"a node from 0 to {len(counts) - 1}",
+            todo="start the job with srun, or set RANK, LOCAL_RANK, WORLD_SIZE and LOCAL_WORLD_SIZE",
+        )
+    return counts[node]
+
+
+def _tasks_per_node(per_node: str) -> list[int]:
     counts: list[int] = []
     for item in per_node.split(","):
         parsed = re.fullmatch(r"\s*(\d+)(?:\(x(\d+)\))?\s*", item)
@@ -179,14 +220,7 @@ def _tasks_on_node(per_node: str, node: int) -> int:
                 todo="start the job with srun, or set RANK, LOCAL_RANK, WORLD_SIZE and LOCAL_WORLD_SIZE",
             )
         counts += [int(parsed[1])] * int(parsed[2] or 1)
-    if node >= len(counts):
-        raise TopologyError(
-            "SLURM's node number lies outside its list of tasks per node.",
-            got=f"node {node} of {per_node}",
-            expected=f"a node from 0 to {len(counts) - 1}",
-            todo="start the job with srun, or set RANK, LOCAL_RANK, WORLD_SIZE and LOCAL_WORLD_SIZE",
-        )
-    return counts[node]
+    return counts
 
 
 def _integer(*names: str, minimum: int = 0, default: int | None = None) -> int:

@@ -100,7 +100,9 @@ def ask_program(request: Request, variables: Mapping[str, str | None]) -> Parity
         asked.write_bytes(pickle.dumps(request))
         words = [sys.executable, "-m", __name__, str(asked), str(answered)]
         # It reads its standard input to the end to notice that this process is gone.
-        with subprocess.Popen(words, env=_environment(variables), stdin=subprocess.PIPE, stdout=sys.stderr) as program:
+        with subprocess.Popen(
+            words, env=program_environment(variables), stdin=subprocess.PIPE, stdout=sys.stderr
+        ) as program:
             try:
                 code = program.wait(limit)
             except subprocess.TimeoutExpired:
@@ -115,8 +117,13 @@ def without_launcher() -> dict[str, str | None]:
     return {name: None for name in env.copy_with({}) if name in LAUNCHED or name.startswith(LAUNCHED_BY)}
 
 
-def _environment(changes: Mapping[str, str | None]) -> dict[str, str]:
-    # For a program that finds this same package, however this process did.
+def meeting_at(port: int) -> dict[str, str | None]:
+    """Changes to the environment of this rank's program, whose rank 0 serves the store there."""
+    return {"MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": None}
+
+
+def program_environment(changes: Mapping[str, str | None]) -> dict[str, str]:
+    """The variables of a program that finds this same package, however this process did."""
     path = [str(Path(megamoe.__file__).parents[1]), env.get("PYTHONPATH") or ""]
     variables = {**env.copy_with({"PYTHONPATH": os.pathsep.join(filter(None, path))}), **changes}
     return {name: value for name, value in variables.items() if value is not None}

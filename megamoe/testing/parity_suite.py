@@ -7,15 +7,13 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from datetime import timedelta
 from pathlib import Path
-
-import torch.distributed as dist
 
 from megamoe.common import env
 from megamoe.common.errors import LostPeerError, MegamoeError
 from megamoe.common.log import get_logger
 from megamoe.config.run import RunConfig
+from megamoe.testing.board import Board
 from megamoe.testing.launches import free_port
 from megamoe.testing.parity_cases import Case, Plan, Setting
 from megamoe.testing.parity_judge import (
@@ -34,6 +32,7 @@ from megamoe.testing.parity_ranks import (
     Request,
     ask_program,
     measure_on_this_rank,
+    meeting_at,
     train_alone,
     without_launcher,
 )
@@ -69,14 +68,15 @@ def run_alone(plan: Plan, report: Report) -> Outcome:
     return outcome_of(plan, _judged(plan, references, measure, report), references)
 
 
-def run_launched(plan: Plan, report: Report, publish: Callable[[Outcome], None]) -> bool:
+def run_launched(plan: Plan, report: Report, publish: Callable[[Outcome], None], board: Board | None = None) -> bool:
     """Use the ranks that a launcher started, for cases of just so many ranks; whether anything missed, on all ranks.
 
     Args:
         report: called on rank 0 with each finding as soon as it is there.
         publish: called on rank 0 with the outcome while the others wait: launchers end all when the first one leaves.
+        board: where the ranks have met already.
     """
-    board = Board()
+    board = board or Board("parity", START_SECONDS)
     return _lead(plan, board, report, publish) if env.rank() == 0 else _follow(plan, board)
 
 
@@ -96,7 +96,7 @@ def _lead(plan: Plan, board: Board, report: Report, publish: Callable[[Outcome],
             request = Request(
                 config, plan.steps, flips_count(case.setting), reference=files[compared_with(case.setting)]
             )
-            answer = ask_program(request, _meeting_at(port))
+            answer = ask_program(request, meeting_at(port))
             limit = _seconds(config) + START_SECONDS
             whys = [board.ask(f"{case}: end of rank {rank}", limit) for rank in range(1, env.world_size())]
             failures = [f"rank {rank}: {why}" for rank, why in enumerate(whys, start=1) if why]
@@ -121,50 +121,13 @@ def _follow(plan: Plan, board: Board) -> bool:
     for case in plan.runnable():
         assert case.config is not None
         port = int(board.ask(f"{case}: port", patience + START_SECONDS))
-        answer = ask_program(Request(case.config, plan.steps, flips_count(case.setting)), _meeting_at(port))
+        answer = ask_program(Request(case.config, plan.steps, flips_count(case.setting)), meeting_at(port))
         board.tell(f"{case}: end of rank {env.rank()}", answer.why if isinstance(answer, Failed) else "")
         # While the program of rank 0 may run, and that of yet another rank.
         patience = 2 * (_seconds(case.config) + START_SECONDS)
     failed = bool(board.ask("outcome", patience + START_SECONDS))
     board.tell(f"rank {env.rank()} knows", "")
     return failed
-
-
-class Board:
-    """Short messages between the ranks that a launcher started, on the store at which they meet.
-
-    No process group: these ranks only look after the programs that train, and keep off the devices.
-    """
-
-    def __init__(self) -> None:
-        env.export_rendezvous()
-        self._store, *_ = next(dist.rendezvous("env://", env.rank(), env.world_size()))
-
-    def tell(self, what: str, value: str) -> None:
-        """Write a message."""
-        self._store.set(f"parity: {what}", f"={value}")
-
-    def ask(self, what: str, seconds: float) -> str:
-        """Read a message, for which this waits.
-
-        Raises:
-            LostPeerError: it does not come in time, or the store is gone.
-        """
-        try:
-            self._store.wait([f"parity: {what}"], timedelta(seconds=seconds))
-            return self._store.get(f"parity: {what}").decode().removeprefix("=")
-        except dist.DistError as error:
-            raise LostPeerError(
-                "Another rank did not answer in time.",
-                got=f"nothing about '{what}' within {seconds:.0f} s",
-                expected="all ranks running",
-                todo="look for the first error of the other ranks",
-            ) from error
-
-
-def _meeting_at(port: int) -> dict[str, str | None]:
-    """Changes to the environment of this rank's program, whose rank 0 serves the store there."""
-    return {"MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": None}
 
 
 def _one_process(config: RunConfig, steps: int) -> ParityRun:

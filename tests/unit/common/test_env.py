@@ -114,6 +114,26 @@ def test_first_host(node_list, host) -> None:
     assert env.first_host(node_list) == host
 
 
+@pytest.mark.parametrize(
+    "node_list, expected",
+    [
+        ("node1", ["node1"]),
+        ("gpu[07-09,12],login1", ["gpu07", "gpu08", "gpu09", "gpu12", "login1"]),
+        ("rack[1-2]n[09-10]", ["rack1n09", "rack1n10", "rack2n09", "rack2n10"]),
+        ("x[1-2]-ib,y", ["x1-ib", "x2-ib", "y"]),
+    ],
+)
+def test_hosts_of_a_node_list(node_list, expected) -> None:
+    assert env.hosts(node_list) == expected
+
+
+def test_where_srun_started_a_rank(environment) -> None:
+    environment(SRUN, {"SLURM_STEP_TASKS_PER_NODE": "2(x2),1,1"})
+    assert [env.host_of(rank) for rank in range(7)] == [*["gpu07"] * 2, *["gpu08"] * 2, "gpu09", "login1", None]
+    environment(TORCHRUN)
+    assert env.host_of(0) is None, "the ranks of this launcher are not srun's"
+
+
 def test_tasks_per_node_in_runs(environment) -> None:
     environment(SRUN, {"SLURM_STEP_TASKS_PER_NODE": "2(x2),1"})
     counts = []
