@@ -24,7 +24,6 @@ import torch
 from torch import Tensor, nn
 
 from megamoe.config import derive
-from megamoe.config.architecture import architecture
 from megamoe.config.run import RunConfig
 from megamoe.model import decoder
 from megamoe.model.decoder import Decoder
@@ -39,13 +38,13 @@ from megamoe.testing import parity
 from megamoe.testing import parity_record as record
 from megamoe.testing.configs import tiny_config
 from megamoe.testing.parity import ParityRun
+from megamoe.testing.saving import save_now
 from megamoe.testing.ranks import RankError, run_ranks
 from megamoe.training import engine as engine_module
 from megamoe.training import job, optimizer_states, pipeline_engine, random_state
 from megamoe.training.checkpoint import folder as folders
 from megamoe.training.checkpoint import load as checkpoint_load
 from megamoe.training.checkpoint.reader import Reader
-from megamoe.training.checkpoint.saver import Saver
 from megamoe.training.engine import Engine
 from megamoe.training.fragments import restore
 from megamoe.training.setup import Runtime, topology_of
@@ -337,18 +336,6 @@ def one_step(engine: Engine) -> None:
     engine.train([parity.random_tokens(engine.config, 0, number) for number in numbers], 1.0, lambda output: None)
 
 
-def ours(engine: Engine, folder: Path) -> None:
-    """Write a checkpoint of megamoe."""
-    config = engine.config.model_copy(
-        update={"training": engine.config.training.model_copy(update={"output_dir": str(folder)})}
-    )
-    tokenizer = folder.with_name("tokenizer.model")
-    tokenizer.touch()
-    saver = Saver(engine, config, architecture(config, derive.vocab_size(config)), tokenizer, "")
-    saver.save(TrainState(1))
-    saver.finish()
-
-
 def saved_and_loaded(saved: tuple[str, ...], loaded: tuple[str, ...], folder: Path, by_deepspeed: bool) -> float | str:
     """How much weights are changed by saving in one layout and loading in another, or the error on this rank."""
     engine = engine_of(tiny_config(*saved))
@@ -357,7 +344,7 @@ def saved_and_loaded(saved: tuple[str, ...], loaded: tuple[str, ...], folder: Pa
     if by_deepspeed:
         engine._engine.save_checkpoint(str(folder), tag="step", save_latest=False)
     else:
-        ours(engine, folder)
+        save_now(engine, folder, TrainState(1))
     engine.close()
     engine = engine_of(tiny_config(*loaded, "training.seed=7"))
     try:
@@ -397,8 +384,7 @@ def same_draws_after_loading(folder: Path) -> tuple[bool, bool]:
     and without it."""
     engine = engine_of(tiny_config(EP2, ZERO[0]))
     one_step(engine)
-    ours(engine, folder / "run")
-    (path,) = folders.complete(folder / "run")
+    path = save_now(engine, folder / "run", TrainState(1))
     expected, found = torch.rand(4), []
     for removed in ("nothing", "random streams"):
         random_state.seed_all(7, collectives.rank())

@@ -128,7 +128,7 @@ def train_packed(overrides: tuple[str, ...]) -> parity.ParityRun:
 @pytest.mark.parametrize("layout", ["2 ep2 zero_stage0", "2 tp2 ep2 zero_stage0"])
 @pytest.mark.parametrize("router", ["hash", "balanced", "following"])
 def test_padding_differs_between_micro_batches(router: str, layout: str) -> None:
-    """A capacity is a share of the micro-batch with its padding, or ranks would not agree on the size of an exchange."""
+    """A capacity is a share of the micro-batch with its padding, else ranks would not agree on sizes of an exchange."""
     settings = (*ROUTERS[router], "moe.capacity.mode=static", *FP64)
     one = run_ranks(train_packed, 1, ("parallel.zero_stage=0", *settings))[0]
     ranks, *fields = layout.split()

@@ -23,10 +23,14 @@ from megamoe.parallel import collectives
 from megamoe.parallel.groups import build_groups
 from megamoe.testing import parity
 from megamoe.testing.configs import tiny_config
+from megamoe.testing.saving import save_now
 from megamoe.testing.ranks import RankError, run_ranks
 from megamoe.training.engine import Engine
+from megamoe.training.checkpoint.folder import read_manifest
+from megamoe.training.checkpoint.load import load_checkpoint
 from megamoe.training.job import build_engine
 from megamoe.training.metrics import Accumulator
+from megamoe.training.state import TrainState
 from megamoe.training.setup import Runtime, topology_of
 from megamoe.training.step import train_step
 
@@ -255,10 +259,10 @@ def resumed(overrides: tuple[str, ...], folder: Path, straight: bool) -> tuple[l
     numbers: list[float] = []
     for step in range(4):
         if step == 2 and not straight:
-            engine.save(folder, "half")
+            checkpoint = save_now(engine, folder, TrainState(2))
             engine.close()
             engine, runtime = engine_of(config.model_copy(update={"training": other_seed(config)}))
-            engine.load(folder, "half")
+            load_checkpoint(engine, checkpoint, read_manifest(checkpoint))
         steps = derive.accumulation_steps(config, runtime.world_size)
         own = [runtime.groups.dp.size * micro_step + runtime.groups.dp.place for micro_step in range(steps)]
         result, norm = train_step(engine, [parity.random_tokens(config, step, number) for number in own], 1.0)

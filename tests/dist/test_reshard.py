@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from megamoe.config import derive
-from megamoe.config.architecture import architecture
 from megamoe.config.run import RunConfig
 from megamoe.model.initialise import initialise
 from megamoe.parallel import collectives
@@ -24,11 +23,11 @@ from megamoe.testing import parity
 from megamoe.testing import parity_record as record
 from megamoe.testing.configs import tiny_config
 from megamoe.testing.ranks import run_ranks
+from megamoe.testing.saving import save_now
 from megamoe.training.checkpoint import folder as folders
 from megamoe.training.checkpoint.index import Index
 from megamoe.training.checkpoint.load import load_checkpoint
 from megamoe.training.checkpoint.reader import Reader
-from megamoe.training.checkpoint.saver import Saver
 from megamoe.training.engine import Engine
 from megamoe.training.job import build_engine
 from megamoe.training.setup import Runtime, topology_of
@@ -69,17 +68,15 @@ def held_by(engine: Engine) -> dict[str, Tensor]:
     return held | {f"statistic/{name}": value for name, value in record.statistics(engine).items()}
 
 
-def save(overrides: tuple[str, ...], folder: Path, tokenizer: Path) -> dict[str, Tensor]:
+def save(overrides: tuple[str, ...], folder: Path) -> dict[str, Tensor]:
     """Two steps, a checkpoint, and what the layout held then."""
-    config = tiny_config(*ALL, *overrides, f"training.output_dir={folder}")
+    config = tiny_config(*ALL, *overrides)
     engine, runtime = engine_of(config)
     steps, place = derive.accumulation_steps(config, runtime.world_size), runtime.groups.dp
     for step in range(2):
         numbers = [number * place.size + place.place for number in range(steps)]
         train_step(engine, [parity.random_tokens(config, step, number) for number in numbers], 1.0)
-    saver = Saver(engine, config, architecture(config, derive.vocab_size(config)), tokenizer, "")
-    saver.save(TrainState(2, 16, 512))
-    saver.finish()
+    save_now(engine, folder, TrainState(2, 16, 512))
     return held_by(engine)
 
 
@@ -113,9 +110,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def checkpoint_of(layout: str, saved: dict[str, Path]) -> Path:
     """The checkpoint that a layout wrote, compared with what the layout held."""
     if layout not in saved:
-        tokenizer = saved[""] / "tokenizer.model"
-        tokenizer.write_bytes(b"a tokenizer")
-        held = run_ranks(save, RANKS, LAYOUTS[layout], saved[""] / layout, tokenizer)[0]
+        held = run_ranks(save, RANKS, LAYOUTS[layout], saved[""] / layout)[0]
         (checkpoint,) = folders.complete(saved[""] / layout)
         Index.read(checkpoint).check()
         assert_equal(stored(checkpoint), held)

@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 
 from megamoe.common import env
+from megamoe.common.errors import ConfigError
 from megamoe.testing.configs import tiny_config
+from megamoe.testing.parity_topologies import LADDER, degree_words, parse
 from megamoe.testing.ranks import RankError, run_ranks
 from megamoe.testing.runs import TIMING, prepared_run
 from megamoe.training.checkpoint import folder as folders
@@ -96,6 +98,27 @@ def test_resume_equals_the_straight_run(
     assert run_ranks(job, world_size, (*resumed, "training.stop_after_step=5"), init=False) == [5] * world_size
     assert run_ranks(job, world_size, resumed, init=False) == [10] * world_size
     assert_same_run(tmp_path / "resumed", tmp_path / "straight")
+
+
+@THOROUGH
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("name", LADDER)
+def test_every_layout_of_the_parity_suite_resumes(tmp_path: Path, name: str, stage: int) -> None:
+    topology = parse(name).topology
+    if topology.pp > 1 and stage > 1:
+        assert problems_of(*degree_words(topology), f"parallel.zero_stage={stage}"), "it could be tested"
+        return
+    more = ("moe.router.type=resonance", *degree_words(topology))
+    test_resume_equals_the_straight_run(tmp_path, topology.world_size, topology.ep, stage, more)
+
+
+def problems_of(*overrides: str) -> str:
+    """Why a configuration is refused."""
+    try:
+        tiny_config(*overrides)
+    except ConfigError as error:
+        return str(error)
+    return ""
 
 
 @pytest.mark.parametrize("victim", [0, 1])

@@ -15,13 +15,13 @@ import torch
 
 from megamoe.common.errors import CheckpointError, MegamoeError
 from megamoe.config import derive
-from megamoe.config.architecture import architecture
 from megamoe.model.initialise import initialise
 from megamoe.parallel import collectives
 from megamoe.parallel.groups import build_groups
 from megamoe.testing import parity
 from megamoe.testing.configs import tiny_config
 from megamoe.testing.ranks import run_ranks
+from megamoe.testing.saving import saver_of
 from megamoe.training.checkpoint import folder as folders
 from megamoe.training.checkpoint import saver as saving
 from megamoe.training.checkpoint.folder import FileEntry
@@ -36,16 +36,13 @@ EP2 = ("parallel.ep=2", "parallel.zero_stage=2")
 
 
 def prepared(folder: Path, *more: str) -> tuple[Engine, Saver]:
-    config = tiny_config(*EP2, *more, f"training.output_dir={folder}")
+    config = tiny_config(*EP2, *more)
     groups = build_groups(topology_of(config.parallel, collectives.world_size()))
     runtime = Runtime(groups.rank, groups.topology.world_size, parity.CPU, groups)
     engine = build_engine(
         config, runtime, derive.vocab_size(config), partial(initialise, config=config.model, seed=config.training.seed)
     )
-    tokenizer = folder.with_name("tokenizer.model")
-    tokenizer.parent.mkdir(parents=True, exist_ok=True)
-    tokenizer.write_bytes(b"a tokenizer")
-    return engine, Saver(engine, config, architecture(config, derive.vocab_size(config)), tokenizer, "")
+    return engine, saver_of(engine, folder)
 
 
 def step(engine: Engine, number: int) -> None:
