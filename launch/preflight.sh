@@ -28,6 +28,12 @@ if [[ " $* " == *" -- "* ]]; then
 fi
 
 if [[ ${options[0]:-} == --hostfile* ]]; then
+    hosts=${options[0]#--hostfile}
+    hosts=${hosts#=}
+    [[ -r ${hosts:=${options[1]:-}} ]] || {
+        printf '%s\n  got: %s\n  expected: %s\n' "The hostfile cannot be read." "$hosts" "lines such as: node1 slots=8" >&2
+        exit 2
+    }
     start=("$python" -m deepspeed.launcher.runner "${options[@]}" --module)
 elif [[ -n ${SLURM_JOB_ID:-} ]] || ((${#options[@]})); then
     # A rank that leaves must not take the others with it, which are about to say what they found.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
@@ -118,6 +119,9 @@ def _copy_rest(
         if name == INDEX or name.startswith(f"{STATE}/") or (weights_only and name.startswith(_OF_RANKS)):
             continue
         (target / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source / name, target / name)
+        with (target / name).open("wb") as file:
+            file.write((source / name).read_bytes())
+            file.flush()
+            os.fsync(file.fileno())
         copied[name] = entry
     return copied

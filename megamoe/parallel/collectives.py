@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from typing import Literal, TypeVar
 
@@ -51,6 +52,37 @@ def together(step: Callable[[], Result]) -> Result:
     if rank() == 0:
         raise first
     raise PeerError(f"another rank failed: {first.what}")
+
+
+def together_at_length(step: Callable[[Callable[[], None]], Result], tick: Callable[[], None]) -> Result:
+    """As `together`, for a step that may take long: whoever watches over the ranks hears that they get on.
+
+    Args:
+        step: calls what it is given whenever it has got somewhere, in pieces of a second or less.
+        tick: called on every rank, about once a second, as long as each rank has either got somewhere since or is done.
+    """
+    last, result, error = time.monotonic(), None, None
+
+    def progress() -> None:
+        nonlocal last
+        if time.monotonic() - last >= 1.0:
+            gather_objects(False)  # with those of ranks that are done, below: in this order on all
+            tick()
+            last = time.monotonic()
+
+    try:
+        result = step(progress)
+    except Exception as caught:
+        error = caught
+    while not all(gather_objects(True)):
+        tick()
+    return together(lambda: _outcome(result, error))  # type: ignore[return-value]
+
+
+def _outcome(result: Result, error: Exception | None) -> Result:
+    if error is not None:
+        raise error
+    return result
 
 
 def _for_peers(error: Exception | None) -> MegamoeError | None:

@@ -1,7 +1,8 @@
 """What is left of a skipped step, so that a person can see it again.
 
     <output_dir>/faults/step_00000012/
-        step.json                   norms, samples, the checkpoint before it and the command that replays it
+        step.json                   norms, samples, the checkpoint before it and the command that replays it (as long as
+                                    that checkpoint is kept; on several machines with their launcher)
         config.json                 the run's configuration
         rank_00000.json             gradient norm of every parameter, and which are not finite
         rank_00000.safetensors      the micro-batches
@@ -34,6 +35,8 @@ from megamoe.training.checkpoint.pieces import Piece
 from megamoe.training.engine import Engine
 from megamoe.training.state import TrainState
 
+CONFIG = "config.json"
+
 log = get_logger("megamoe.faults")
 
 
@@ -56,9 +59,9 @@ def dump_step(
         folder.mkdir(parents=True, exist_ok=True)
         _write_rank(folder, engine.groups.rank, gradients, batches)
         if engine.groups.rank == 0:
+            _write_json(folder / CONFIG, dump_config(config))
             norms = {"gradient_norm": _plain(norm), "gradient_norm_again": _plain(again), "norms_before": state.norms}
-            _write_json(folder / "step.json", {**norms, **_circumstances(config, state, engine)})
-            _write_json(folder / "config.json", dump_config(config))
+            _write_json(folder / "step.json", {**norms, **_circumstances(folder, config, state, engine)})
     except OSError as error:
         log.warning("the skipped step %s could not be written to %s: %s", state.step, folder, error)
     return folder
@@ -93,20 +96,20 @@ def _write_rank(folder: Path, rank: int, gradients: dict[str, Tensor], batches: 
     write_file(folder / f"rank_{rank:05d}{SUFFIX}", pieces)
 
 
-def _circumstances(config: RunConfig, state: TrainState, engine: Engine) -> dict[str, Any]:
-    training = config.training
-    before = [path for path in folders.complete(training.output_dir) if folders.read_manifest(path).step < state.step]
+def _circumstances(folder: Path, config: RunConfig, state: TrainState, engine: Engine) -> dict[str, Any]:
+    training, ranks = config.training, engine.groups.topology.world_size
+    before = [path for path in folders.complete(training.output_dir) if (folders.step_of(path) or 0) < state.step]
     resume = [f"training.checkpoint.resume={before[-1]}"] if before else []
     script = "pretrain" if config.finetune is None else "finetune"
-    stop = [f"training.stop_after_step={state.step}", f"training.output_dir={training.output_dir}-replay"]
-    words = [f"launch/{script}.py", "--config", f"{training.output_dir}/config.json", *resume, *stop]
+    stop = [f"training.stop_after_step={state.step}", f"training.output_dir={folder / 'replay'}"]
+    words = [f"launch/{script}.py", "--config", str(folder / CONFIG), *resume, *stop]
     return {
         "step": state.step,
         "samples": [state.consumed_samples - training.global_batch_size, state.consumed_samples],
         "skipped_in_row": state.skipped_in_row,
         "checkpoint_before": str(before[-1]) if before else None,
-        "replay": shlex.join(["deepspeed", *words]),
-        "ranks": engine.groups.topology.world_size,
+        "replay": shlex.join(["torchrun", "--nproc-per-node", str(ranks), *words]),
+        "ranks": ranks,
     }
 
 

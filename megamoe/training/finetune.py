@@ -44,6 +44,9 @@ def finetune(config: RunConfig, world_size: int) -> RunEnd:
     manifest = folders.read_manifest(start)
     with leave_at_once(), distributed(config.parallel, config.training.timeout_minutes) as runtime:
         random_state.seed_all(config.training.seed, runtime.rank)
+        # Rank 0's, as the run to start from may be going on.
+        start = collectives.gather_objects(start)[0]
+        manifest = collectives.together(lambda: folders.read_manifest(start))
         collectives.together(lambda: _check_start(config, start, manifest, runtime))
         collectives.together(lambda: _check_folder(config) if runtime.rank == 0 else None)
         folder = open_folder(config, runtime)

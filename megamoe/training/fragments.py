@@ -8,13 +8,14 @@ ranges make few rectangles is also what ByteCheckpoint (arXiv 2407.20143, sectio
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from megamoe.common.errors import CheckpointError
 from megamoe.moe.marker import is_expert
 from megamoe.parallel import collectives
 from megamoe.parallel.axis import axis_of
@@ -93,29 +94,43 @@ def pieces_to_write(engine: Engine) -> Iterator[Piece]:
 
 
 @torch.no_grad()
-def restore(engine: Engine, reader: Reader, updates: int) -> None:
+def restore(engine: Engine, reader: Reader, updates: int, tick: Callable[[], None] = lambda: None) -> None:
     """Fill everything that this rank holds from a checkpoint of any layout. Collective.
 
     Args:
         updates: steps that the optimizer had done.
+        tick: told as long as any rank gets on.
 
     Raises:
         CheckpointError: a tensor is missing or damaged. On every rank.
     """
 
-    def read() -> None:
+    def read(progress: Callable[[], None]) -> None:
         if updates:
+            _check_states(reader)
             _make_states(engine, updates, reader)
         if engine.config.parallel.zero_stage < 3:  # there they follow from the masters
             for name, parameter in engine.model.named_parameters():
                 parameter.copy_(reader.read(tensor_name(WEIGHT, name), _whole_box(parameter, engine.groups)))
+                progress()
         for piece in pieces(engine, fragments(engine)):
             reader.read_into(piece.tensor, piece.box, piece.value)
+            progress()
         for name, buffer in running_statistics(engine.model).items():
             reader.read_into(tensor_name(STATISTIC, name), Box.of(buffer.shape), buffer)
 
-    collectives.together(read)
+    collectives.together_at_length(read, tick)
     engine.masters_changed()
+
+
+def _check_states(reader: Reader) -> None:
+    if not any(reader.names(kind) for kind in ("exp_avg", MOMENTUM)):
+        raise CheckpointError(
+            f"checkpoint {reader.folder} was written without the optimizer's state",
+            got="weights alone",
+            expected="a checkpoint that training wrote",
+            todo="go on from the original, or fine-tune from this one (finetune.checkpoint)",
+        )
 
 
 def _make_states(engine: Engine, updates: int, reader: Reader) -> None:
@@ -125,18 +140,18 @@ def _make_states(engine: Engine, updates: int, reader: Reader) -> None:
     of_stage_3 = [{"params": flats.tensors}]
     for group in of_stage_3 if engine.config.parallel.zero_stage == 3 else optimizer.param_groups:
         for tensor in group["params"]:
-            _make_state(optimizer, group, tensor, updates)
+            _make_state(optimizer, group, tensor, updates, flats.whole_momenta)
     names = {id(parameter): name for name, parameter in engine.model.named_parameters()}
     for flat, parameters in flats.muon_groups():
-        size = len(flat) if flats.offloaded else sum(parameter.numel() for parameter in parameters)
+        size = sum(parameter.numel() for parameter in parameters)
         # It has the dtype that gradients had.
-        dtype = reader.index.tensors[tensor_name(MOMENTUM, names[id(parameters[0])])].dtype
+        dtype = reader.dtype(tensor_name(MOMENTUM, names[id(parameters[0])]))
         optimizer.state[flat].setdefault(MOMENTUM, torch.zeros(size, dtype=dtype, device=flat.device))
 
 
-def _make_state(optimizer: Any, group: Mapping[str, Any], tensor: Tensor, updates: int) -> None:
+def _make_state(optimizer: Any, group: Mapping[str, Any], tensor: Tensor, updates: int, whole_momenta: bool) -> None:
     if group.get("use_muon"):
-        if tensor.dim() > 1:
+        if not whole_momenta:
             optimizer.state[tensor].setdefault(MOMENTUM, torch.zeros_like(tensor))
         return
     state = optimizer.state[tensor]
@@ -152,7 +167,8 @@ class _Flats:
     def __init__(self, engine: Engine) -> None:
         stage, zero = engine.config.parallel.zero_stage, engine.zero_optimizer
         self.zero, self.state = zero, _base_optimizer(engine).state
-        self.offloaded = bool(getattr(zero, "cpu_offload", False))
+        # Not where the optimizer is offloaded, nor in bf16 at ZeRO-1: there momenta lie as the masters do.
+        self.whole_momenta = hasattr(zero, "params_in_partition") and not getattr(zero, "cpu_offload", False)
         self.tensors: list[Tensor] = []
         if stage == 3:
             self.tensors = zero.fp32_partitioned_groups_flat
@@ -165,14 +181,15 @@ class _Flats:
         flat = self.tensors[index]
         found = {WEIGHT: flat, **self.state.get(flat, {})}
         alike = {kind for kind, value in found.items() if isinstance(value, Tensor) and value.shape == flat.shape}
-        if not self.offloaded:
+        if self.whole_momenta:
             alike.discard(MOMENTUM)  # see `muon_groups`
         return {kind: value.detach().narrow(0, start, numel) for kind, value in found.items() if kind in alike}
 
     def muon_groups(self) -> Iterator[tuple[Tensor, list[nn.Parameter]]]:
         """(flat tensor, parameters of which this rank has a part) of what ZeRO-1 and -2 train with Muon: there every
         rank keeps the whole momentum of a matrix of which it has a part, one after the other."""
-        for flat, parameters in zip(self.tensors, getattr(self.zero, "params_in_partition", ()), strict=False):
+        of_tensors = self.zero.params_in_partition if self.whole_momenta else ()
+        for flat, parameters in zip(self.tensors, of_tensors, strict=False):
             if parameters and getattr(parameters[0], "use_muon", False):
                 yield flat, parameters
 
@@ -206,8 +223,6 @@ def _of_stage_3(parameter: nn.Parameter, flats: _Flats, holders: RankGroup) -> t
 
 def _momenta(engine: Engine, flats: _Flats) -> Iterator[Fragment]:
     """Muon's momenta under ZeRO-1 and -2, of whole matrices; the rank that holds a matrix's beginning writes it."""
-    if flats.offloaded:
-        return
     names = {id(parameter): name for name, parameter in engine.model.named_parameters()}
     for flat, parameters in flats.muon_groups():
         momentum, place = flats.state.get(flat, {}).get(MOMENTUM), 0

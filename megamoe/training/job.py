@@ -27,14 +27,14 @@ from megamoe.parallel import collectives
 from megamoe.parallel.axis import axis_of
 from megamoe.parallel.regions import sum_replicated_gradients
 from megamoe.training.checkpoint import folder as folders
-from megamoe.training.checkpoint.load import check, choose, find, load_checkpoint
+from megamoe.training.checkpoint.load import check, choose, find, load_checkpoint, remember
 from megamoe.training.checkpoint.saver import Saver, topology_of
 from megamoe.training.engine import Engine
 from megamoe.training.interrupt import catch_signals, ignore_signals
 from megamoe.training.loop import Loop, RunEnd
 from megamoe.training.monitors import monitors
 from megamoe.training.pipeline_engine import PipelineEngine
-from megamoe.training.run_folder import MetricsFile, open_run_folder, write_config
+from megamoe.training.run_folder import MetricsFile, open_run_folder, write_config, writing
 from megamoe.training.setup import Runtime, placement
 from megamoe.training.slowest import Slowest, Stopwatch
 from megamoe.training.state import TrainState
@@ -79,7 +79,12 @@ def open_folder(config: RunConfig, runtime: Runtime) -> Path:
     """Rank 0 makes the run folder; then every rank logs into it."""
     collectives.together(lambda: open_run_folder(config) if runtime.rank == 0 else None)
     folder = Path(config.training.output_dir)
-    setup_logging(runtime.rank, folder / "logs")
+
+    def log_into() -> None:
+        with writing(folder):
+            setup_logging(runtime.rank, folder / "logs")
+
+    collectives.together(log_into)
     return folder
 
 
@@ -91,7 +96,8 @@ def carry_out(job: Job, config: RunConfig, runtime: Runtime) -> RunEnd:
     folder, shape = Path(config.training.output_dir), architecture(config, job.vocab_size)
     with ExitStack() as stack:
         run = stack.enter_context(supervised(config.training, runtime.rank, runtime.world_size))
-        resume = _find_checkpoint(config, job.digest, shape)
+        resume = _find_checkpoint(config, job.digest, shape, run.pulse.tick)
+        collectives.together(lambda: remember(config.training) if runtime.rank == 0 else None)
         collectives.together(lambda: write_config(config) if runtime.rank == 0 else None)
         stack.enter_context(monitors(config.training.monitor, folder / "logs"))
         run.pulse.enter("model")
@@ -103,9 +109,9 @@ def carry_out(job: Job, config: RunConfig, runtime: Runtime) -> RunEnd:
             state = TrainState()
             job.begin(engine)
         else:
-            state = load_checkpoint(engine, *resume)
+            state = load_checkpoint(engine, *resume, run.pulse.tick)
             log.info("resumed from %s", resume[0])
-        metrics = MetricsFile(folder, state.step) if runtime.rank == 0 else None
+        metrics = collectives.together(lambda: MetricsFile(folder, state.step) if runtime.rank == 0 else None)
         if metrics is not None:
             stack.callback(metrics.close)
 
@@ -191,7 +197,9 @@ def check_kind(folder: Path, config: RunConfig) -> None:
         )
 
 
-def _find_checkpoint(config: RunConfig, digest: str, shape: dict[str, Any]) -> tuple[Path, folders.Manifest] | None:
+def _find_checkpoint(
+    config: RunConfig, digest: str, shape: dict[str, Any], tick: Callable[[], None]
+) -> tuple[Path, folders.Manifest] | None:
     """The checkpoint to resume from, checked against this run. Rank 0 looks, so that all take the same one."""
 
     def fits(folder: Path, manifest: folders.Manifest) -> None:
@@ -199,4 +207,4 @@ def _find_checkpoint(config: RunConfig, digest: str, shape: dict[str, Any]) -> t
         check(folder, manifest, shape, topology_of(config), digest)
 
     found = collectives.together(lambda: find(config.training) if collectives.rank() == 0 else [])
-    return choose(found, fits)
+    return choose(found, fits, tick)

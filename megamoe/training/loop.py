@@ -93,6 +93,8 @@ class Loop:
         first, why = self.state.step, FINISHED
         started = time.perf_counter()
         with ProgressLine(training.steps, first, self.runtime.rank == 0) as progress:
+            if first >= last:
+                progress.note(f"nothing to do: step {first} of {last} is done; raise training.steps to go on")
             while self.state.step < last and why == FINISHED:
                 result = self._step(progress, last, started, first)
                 _note_saved(progress, self.saver.collect(result.flags[WRITING]))
@@ -100,7 +102,9 @@ class Loop:
                 leaving = why != FINISHED or self.state.step == last
                 if self._due(training.validation.every, self.state.step == last):
                     self._validate(progress)
-                if self._due(training.checkpoint.every, leaving):
+                # Not among skipped steps: what spoilt them may be in the weights, and older ones would go for it.
+                every = 0 if self.state.skipped_in_row else training.checkpoint.every
+                if self._due(every, leaving):
                     self._save()
             self.pulse.enter("save")
             _note_saved(progress, self.saver.finish())

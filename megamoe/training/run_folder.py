@@ -22,7 +22,7 @@ def open_run_folder(config: RunConfig) -> Path:
         ConfigError: the folder cannot be written.
     """
     folder = Path(config.training.output_dir)
-    with _writing(folder):
+    with writing(folder):
         (folder / "logs").mkdir(parents=True, exist_ok=True)
         (folder / "checkpoints").mkdir(exist_ok=True)
     return folder
@@ -36,12 +36,13 @@ def write_config(config: RunConfig) -> None:
         ConfigError: the folder cannot be written.
     """
     folder = Path(config.training.output_dir)
-    with _writing(folder):
+    with writing(folder):
         write_json(folder / "config.json", dump_config(config))
 
 
 @contextlib.contextmanager
-def _writing(folder: Path) -> Iterator[None]:
+def writing(folder: Path) -> Iterator[None]:
+    """Whatever cannot be written below the folder becomes an error of the configuration."""
     try:
         yield
     except OSError as error:
@@ -65,7 +66,7 @@ def write_bytes(path: Path, content: bytes) -> None:
         ConfigError: the folder cannot be written.
     """
     partial = path.with_name(f".{path.name}.partial")
-    with _writing(path.parent), partial.open("wb") as file:
+    with writing(path.parent), partial.open("wb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
@@ -80,7 +81,7 @@ class MetricsFile:
 
     def __init__(self, folder: Path, resumed_step: int) -> None:
         self._folder, path = folder, folder / "metrics.jsonl"
-        with _writing(folder):
+        with writing(folder):
             if path.exists():
                 lines = [line for line in path.read_text().splitlines() if _step_of(line) <= resumed_step]
                 partial = path.with_name(".metrics.jsonl.partial")
@@ -96,7 +97,7 @@ class MetricsFile:
             ConfigError: the folder cannot be written.
         """
         line = f"{json.dumps(values)}\n".encode()
-        with _writing(self._folder):
+        with writing(self._folder):
             if self._file.write(line) < len(line):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 

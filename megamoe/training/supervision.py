@@ -1,8 +1,8 @@
 """What looks after one rank of a run: its heartbeat, its watchdog, and the run's status for whoever started it.
 
-`<output_dir>/status.json` says how the run stands: {"state", "step", "time", "reason"}, with the states running,
-finished (for a person's Ctrl-C too), requeue (saved, to be started again) and failed. A run that was killed leaves
-"running".
+`<output_dir>/status.json` says how the run stands: {"state", "step", "time", "reason"}, with the states running (and
+the step at which it began), finished, stopped (before its last step, by a person or by `training.stop_after_step`), requeue
+(saved, to be started again) and failed. A run that was killed leaves "running".
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from megamoe.training.setup import is_lost_peer
 from megamoe.training.watchdog import READ_SECONDS, Watchdog, diagnosis, lost, within
 
 STATUS = "status.json"
-_STATES = {"finished": "finished", "interrupted": "finished", "requeue": "requeue"}
+_STATES = {"finished": "finished", "interrupted": "stopped", "requeue": "requeue"}
+"""By why a run ends."""
 
 log = get_logger("megamoe.supervision")
 
@@ -36,9 +37,11 @@ class Supervised:
     Attributes:
         pulse: for the main thread to keep up.
         why: the run ends, once it does.
+        steps: that it is to have in the end.
     """
 
     pulse: Pulse
+    steps: int
     why: str = "finished"
 
 
@@ -52,7 +55,7 @@ def supervised(training: TrainingConfig, rank: int, world_size: int) -> Iterator
     faults, folder = training.faults, Path(training.output_dir)
     limit = 60 * (faults.hang_minutes or 0.9 * training.timeout_minutes)
     with beating(folder, rank, faults.heartbeat_seconds) as (pulse, heartbeat):
-        run = Supervised(pulse)
+        run = Supervised(pulse, training.steps)
         naming = _naming_lost_peers(folder, rank, world_size, pulse, faults.heartbeat_seconds)
         watchdog = Watchdog(heartbeat, folder, rank, world_size, limit, partial(_failed, folder, rank, pulse))
         with _status(folder, rank, run), naming, watchdog:
@@ -69,7 +72,9 @@ def _status(folder: Path, rank: int, run: Supervised) -> Iterator[None]:
         _failed(folder, rank, run.pulse, error)
         raise
     if rank == 0:
-        write_status(folder, rank, _STATES[run.why], run.pulse.step, run.why)
+        early = run.why == "finished" and run.pulse.step < run.steps
+        reason = "training.stop_after_step" if early else run.why
+        write_status(folder, rank, "stopped" if early else _STATES[run.why], run.pulse.step, reason)
 
 
 def _failed(folder: Path, rank: int, pulse: Pulse, error: BaseException) -> None:

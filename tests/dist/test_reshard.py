@@ -136,3 +136,64 @@ def test_checkpoints_of_other_layouts_load_exactly(target: str, saved: dict[str,
 @pytest.mark.parametrize("target", LAYOUTS)
 def test_every_layout_loads_every_other(target: str, saved: dict[str, Path]) -> None:
     check_loads(target, tuple(LAYOUTS), saved)
+
+
+MUON = ("training.optimizer.type=muon", "training.gradient_clipping=0.0")
+DENSE = ("moe.num_experts=0", "training.precision=bf16")
+OF_MUON = {
+    "zero0": (*MUON, "parallel.ep=2", "parallel.zero_stage=0"),
+    "zero1": (*MUON, "parallel.ep=4", "parallel.zero_stage=1"),
+    "zero2": (*MUON, "parallel.ep=2", "parallel.zero_stage=2"),
+    "zero2-offload": (*MUON, "parallel.ep=2", "parallel.zero_stage=2", "parallel.offload_optimizer=true"),
+    "pp2-zero1": (*MUON, "parallel.pp=2", "parallel.ep=2", "parallel.zero_stage=1"),
+}
+
+
+def next_losses(engine: Engine, runtime: Runtime) -> list[float]:
+    """Of two further steps, which momenta decide about."""
+    config, found = engine.config, []
+    steps, place = derive.accumulation_steps(config, runtime.world_size), runtime.groups.dp
+    for step in (2, 3):
+        numbers = [number * place.size + place.place for number in range(steps)]
+        batches = [parity.random_tokens(config, step, number) for number in numbers]
+        found.append(float(train_step(engine, batches, 1.0)[0].values["loss"]))
+    return found
+
+
+def save_and_go_on(overrides: tuple[str, ...], folder: Path) -> list[float]:
+    config = tiny_config(*overrides)
+    engine, runtime = engine_of(config)
+    for step in range(2):
+        place = runtime.groups.dp
+        count = derive.accumulation_steps(config, runtime.world_size)
+        numbers = [number * place.size + place.place for number in range(count)]
+        train_step(engine, [parity.random_tokens(config, step, number) for number in numbers], 1.0)
+    save_now(engine, folder, TrainState(2, 16, 512))
+    return next_losses(engine, runtime)
+
+
+def load_and_go_on(overrides: tuple[str, ...], checkpoint: Path) -> list[float]:
+    engine, runtime = engine_of(tiny_config(*overrides))
+    load_checkpoint(engine, checkpoint, folders.read_manifest(checkpoint))
+    return next_losses(engine, runtime)
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("source", OF_MUON)
+def test_momenta_of_muon_go_along(source: str, tmp_path: Path) -> None:
+    expected = run_ranks(save_and_go_on, RANKS, OF_MUON[source], tmp_path)[0]
+    (checkpoint,) = folders.complete(tmp_path)
+    assert len(Reader(checkpoint).names("momentum_buffer")) == 14
+    for target, overrides in OF_MUON.items():
+        found = run_ranks(load_and_go_on, RANKS, overrides, checkpoint)[0]
+        assert found == pytest.approx(expected, rel=0 if target == source else 1e-5), target
+
+
+@pytest.mark.parametrize("stage", [1, pytest.param(2, marks=pytest.mark.thorough)])
+def test_momenta_in_bf16_go_along(stage: int, tmp_path: Path) -> None:
+    """At ZeRO-1 DeepSpeed keeps them in another way there."""
+    overrides = (*MUON, *DENSE, f"parallel.zero_stage={stage}")
+    expected = run_ranks(save_and_go_on, 2, overrides, tmp_path)[0]
+    (checkpoint,) = folders.complete(tmp_path)
+    assert len(Reader(checkpoint).names("momentum_buffer")) == 14
+    assert run_ranks(load_and_go_on, 2, overrides, checkpoint)[0] == expected

@@ -168,3 +168,38 @@ def test_going_on_with_other_ranks(
     for one, its in zip(found, expected, strict=True):
         for name in {"loss", "gradient_norm", "validation_loss"} & its.keys():
             assert one[name] == pytest.approx(its[name], rel=0 if its["step"] <= 5 and name == "loss" else 2e-5)
+
+
+def names(run: Path) -> list[str]:
+    return sorted(path.name for path in folders.root(run).iterdir() if not path.name.startswith("."))
+
+
+def test_going_back(tmp_path: Path) -> None:
+    """To an older checkpoint of the same run: later ones make room, and the same command again goes on, as a batch
+    system gives it, with what was saved since."""
+    one_rank = ("training.checkpoint.every=2", "training.checkpoint.keep=3", "parallel.zero_stage=0")
+    words, run = prepared_run(tmp_path, *one_rank), tmp_path / "run"
+    run_ranks(job, 1, words, init=False)
+    assert [path.name for path in folders.complete(run)] == ["step_00000006", "step_00000008", "step_00000010"]
+    back = (f"training.checkpoint.resume={folders.root(run) / 'step_00000006'}", "training.optimizer.lr=1e-4")
+    run_ranks(job, 1, (*words, *back, "training.stop_after_step=7"), init=False)
+    assert names(run) == [
+        *("abandoned_step_00000008", "abandoned_step_00000010", "step_00000006", "step_00000007", "went_back_to"),
+    ]
+    assert run_ranks(job, 1, (*words, *back), init=False) == [10]
+    assert [line["step"] for line in metrics(tmp_path) if "loss" in line] == list(range(1, 11))
+    assert [line["learning_rate"] < 1e-4 for line in metrics(tmp_path) if "loss" in line] == [False] * 6 + [True] * 4
+    assert [path.name for path in folders.complete(run)] == ["step_00000007", "step_00000008", "step_00000010"]
+    run_ranks(job, 1, words, init=False)
+    assert "went_back_to" not in names(run), "another command: going back to the same one would do so again"
+
+
+def test_beginning_elsewhere(tmp_path: Path) -> None:
+    words = prepared_run(tmp_path, "parallel.zero_stage=0")
+    run_ranks(job, 1, words, init=False)
+    start = f"training.checkpoint.resume={folders.root(tmp_path / 'run') / 'step_00000005'}"
+    branch = (*words, start, f"training.output_dir={tmp_path / 'branch'}")
+    run_ranks(job, 1, (*branch, "training.stop_after_step=7"), init=False)
+    assert run_ranks(job, 1, branch, init=False) == [10]
+    lines = [json.loads(line) for line in (tmp_path / "branch" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == [6, 7, 8, 9, 10], "not from the beginning twice"

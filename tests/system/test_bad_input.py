@@ -133,10 +133,11 @@ def copied_data(run: Run, tmp_path: Path) -> Path:
         (("moe.router.type=resonance",), ("another architecture", "moe.router.type: 'topk' -> 'resonance'")),
         (("training.precision=bf16",), ("trained another way", "precision: fp32 -> bf16")),
         (("training.checkpoint.resume=never",), ("holds checkpoints already", "resume=never", "output_dir")),
+        (("training.checkpoint.resume=atuo",), ("neither one of its words nor a folder", "did you mean auto?")),
         (("training.checkpoint.resume=no/such",), ("no/such is not a complete checkpoint", "no such folder")),
         (("training.checkpoint.resume=tests",), ("tests is not a complete checkpoint", "no manifest.json")),
     ],
-    ids=["width", "experts", "router", "precision", "never", "no_folder", "no_checkpoint"],
+    ids=["width", "experts", "router", "precision", "never", "slip", "no_folder", "no_checkpoint"],
 )
 def test_a_checkpoint_that_does_not_fit(trained: Run, words: tuple[str, ...], says: tuple[str, ...]) -> None:
     assert_says(refused(trained, *words), "CheckpointError", *says)
@@ -208,7 +209,7 @@ def test_only_a_whole_checkpoint_is_offered(trained: Run) -> None:
     halved(trained.checkpoints / BEFORE / "manifest.json")
     flipped(trained.checkpoints / LAST / SOME)
     text = refused(trained)
-    assert_says(text, f"{trained.checkpoints / LAST} is damaged", "there is no older checkpoint that is complete")
+    assert_says(text, "none of the 2 checkpoints is sound", f"{trained.checkpoints / BEFORE}: manifest.json", SOME)
     # The person does as told.
     (trained.checkpoints / LAST).rename(trained.checkpoints / f"{LAST}.damaged")
     assert_says(refused(trained), f"{trained.checkpoints / BEFORE} is damaged", "no older checkpoint")

@@ -21,12 +21,13 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Container
+import socket
+from collections.abc import Callable, Container
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import StringConstraints, TypeAdapter, ValidationError
 from typing_extensions import TypedDict  # pydantic takes typing's own from Python 3.12 on
 
 from megamoe.common.errors import CheckpointError, DamagedCheckpointError
@@ -36,6 +37,8 @@ FORMAT: Literal[2] = 2
 MANIFEST = "manifest.json"
 _PREFIX, _INCOMPLETE, _REPLACED, _DELETED = "step_", ".incomplete-", ".replaced-", ".deleted-"
 _NAME = re.compile(rf"{_PREFIX}(\d+)")
+_WENT_BACK = "went_back_to"
+_CHUNK_BYTES = 16 * 2**20
 
 
 class FileEntry(TypedDict):
@@ -54,8 +57,8 @@ class Manifest:
     topology: dict[str, Any]
     """The layout that wrote it; any other can read it."""
     tokenizer_digest: str
-    files: dict[str, FileEntry]
-    """By path relative to the checkpoint's folder."""
+    files: dict[Annotated[str, StringConstraints(pattern=r"^((state|ranks)/)?\w[\w.-]*$")], FileEntry]
+    """By path relative to the checkpoint's folder, out of which none leads."""
     format: Literal[2] = FORMAT
 
     @property
@@ -91,8 +94,8 @@ def final_name_of(incomplete: Path) -> str:
 
 def complete(output_dir: str | Path) -> list[Path]:
     """Complete checkpoints, oldest first. Others are invisible."""
-    folders = [p for p in root(output_dir).glob(f"{_PREFIX}*") if _step_of(p) is not None and (p / MANIFEST).is_file()]
-    return sorted(folders, key=lambda p: _step_of(p) or 0)
+    folders = [p for p in root(output_dir).glob(f"{_PREFIX}*") if step_of(p) is not None and (p / MANIFEST).is_file()]
+    return sorted(folders, key=lambda p: step_of(p) or 0)
 
 
 def locate(path: str | Path) -> Path:
@@ -135,7 +138,7 @@ def digests(folder: Path, but: Container[str] = ()) -> dict[str, FileEntry]:
     """Size and digest of every file below `folder` but those that are known already."""
     files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
     names = (str(p.relative_to(folder)) for p in files)
-    return {name: _describe(folder / name) for name in names if name not in but}
+    return {name: describe(folder / name) for name in names if name not in but}
 
 
 def publish(folder: Path, manifest: Manifest) -> Path:
@@ -168,9 +171,13 @@ def _sync(folder: Path) -> None:
 
 
 def retain(output_dir: str | Path, keep: int, keep_every: int) -> None:
-    """Delete all but the newest `keep` checkpoints and those whose step is a multiple of `keep_every` (0: none)."""
+    """Delete all but the newest `keep` checkpoints and those whose step is a multiple of `keep_every` (0: none).
+
+    Raises:
+        OSError: one cannot be renamed.
+    """
     for folder in complete(output_dir)[:-keep]:
-        if keep_every == 0 or (_step_of(folder) or 0) % keep_every:
+        if keep_every == 0 or (step_of(folder) or 0) % keep_every:
             going = folder.with_name(f"{_DELETED}{folder.name}")
             shutil.rmtree(going, ignore_errors=True)
             folder.rename(going)
@@ -217,12 +224,28 @@ def _check_format(folder: Path) -> None:
         )
 
 
-def verify(folder: Path, manifest: Manifest, share: int = 0, shares: int = 1) -> None:
+def verify(
+    folder: Path, manifest: Manifest, share: int = 0, shares: int = 1, progress: Callable[[], None] = lambda: None
+) -> None:
     """Compare files with the manifest: all sizes, and the digests of one share of the files.
 
     Raises:
-        CheckpointError: a file is missing or differs; names the previous complete checkpoint.
+        DamagedCheckpointError: a file is missing or differs; names the previous complete checkpoint.
+        CheckpointError: a file cannot be read, which may be this machine's fault and not the file's.
     """
+    try:
+        _verify(folder, manifest, share, shares, progress)
+    except OSError as error:
+        raise CheckpointError(
+            f"checkpoint {folder} cannot be read",
+            got=str(error),
+            expected=f"a file system that {socket.gethostname()} can read",
+            todo="look at this machine's mount of it and start again; or name an older checkpoint as "
+            "training.checkpoint.resume",
+        ) from error
+
+
+def _verify(folder: Path, manifest: Manifest, share: int, shares: int, progress: Callable[[], None]) -> None:
     for name, expected in manifest.files.items():
         path = folder / name
         if not path.is_file():
@@ -230,21 +253,50 @@ def verify(folder: Path, manifest: Manifest, share: int = 0, shares: int = 1) ->
         if path.stat().st_size != expected["bytes"]:
             raise damaged(folder, f"{name} has {path.stat().st_size} bytes, expected {expected['bytes']}")
     for name in sorted(manifest.files)[share::shares]:
-        if _describe(folder / name) != manifest.files[name]:
+        if describe(folder / name, progress) != manifest.files[name]:
             raise damaged(folder, f"the content of {name} does not match its digest")
 
 
 def set_aside(folder: Path) -> None:
     """Give a damaged checkpoint a name that is no checkpoint's, for a person to look at."""
-    aside = folder.with_name(f"damaged_{folder.name}")
+    _rename_away(folder, "damaged")
+
+
+def _rename_away(folder: Path, why: str) -> None:
+    aside = folder.with_name(f"{why}_{folder.name}")
     shutil.rmtree(aside, ignore_errors=True)
     folder.rename(aside)
 
 
+def went_back_to(output_dir: str | Path) -> str | None:
+    """The name of the checkpoint that the run was last told to go back to, if it has gone on from there."""
+    path = root(output_dir) / _WENT_BACK
+    return path.read_text().strip() if path.is_file() else None
+
+
+def go_back(output_dir: str | Path, checkpoint: Path | None) -> None:
+    """Make a checkpoint of this run its newest: later ones are given names that are no checkpoint's. None: the run goes
+    on from its newest, so nothing is to be remembered.
+
+    That it went back is remembered, so that the same command again, as a batch system gives it, goes on from what was
+    saved since and does not go back once more.
+    """
+    marker = root(output_dir) / _WENT_BACK
+    if checkpoint is None:
+        marker.unlink(missing_ok=True)
+        return
+    for folder in complete(output_dir):
+        if (step_of(folder) or 0) > (step_of(checkpoint) or 0):
+            _rename_away(folder, "abandoned")
+    partial = marker.with_name(f".{_WENT_BACK}")
+    partial.write_text(checkpoint.name)
+    partial.replace(marker)
+
+
 def damaged(folder: Path, what: str) -> DamagedCheckpointError:
     """The error for a damaged checkpoint, with the way back to the previous one."""
-    step = _step_of(folder)
-    before = [p for p in complete(folder.parent.parent) if step is not None and (_step_of(p) or 0) < step]
+    step = step_of(folder)
+    before = [p for p in complete(folder.parent.parent) if step is not None and (step_of(p) or 0) < step]
     sound = next((p for p in reversed(before) if _all_there(p)), None)
     todo = (
         f"go on from the previous complete one: training.checkpoint.resume={sound} (evaluate, generate: --checkpoint)"
@@ -254,7 +306,7 @@ def damaged(folder: Path, what: str) -> DamagedCheckpointError:
     return DamagedCheckpointError(f"checkpoint {folder} is damaged", got=what, expected="files as written", todo=todo)
 
 
-def _step_of(folder: Path) -> int | None:
+def step_of(folder: Path) -> int | None:
     """The step in a folder's name; None where a person gave it another name, to set it aside."""
     found = _NAME.fullmatch(folder.name)
     return int(found[1]) if found else None
@@ -273,6 +325,11 @@ def _parse(folder: Path) -> Manifest:
     return TypeAdapter(Manifest).validate_json((folder / MANIFEST).read_bytes(), strict=True)
 
 
-def _describe(path: Path) -> FileEntry:
+def describe(path: Path, progress: Callable[[], None] = lambda: None) -> FileEntry:
+    """Size and digest of a file; `progress` is called again and again while it is read."""
+    digest = hashlib.sha256()
     with path.open("rb") as file:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+        while chunk := file.read(_CHUNK_BYTES):
+            digest.update(chunk)
+            progress()
+        return {"bytes": file.tell(), "sha256": digest.hexdigest()}

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, NamedTuple
@@ -62,15 +62,18 @@ class Index:
     """By name, in alphabetical order."""
 
     @classmethod
-    def scan(cls, folder: Path) -> Index:
+    def scan(cls, folder: Path, files: Sequence[str] | None = None) -> Index:
         """From the headers of the files.
+
+        Args:
+            files: relative to the folder; None: all that `state/` lists.
 
         Raises:
             CheckpointError: a file cannot be read, or two pieces of a tensor differ in dtype or shape of the whole.
         """
         kinds: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
         pieces: dict[str, list[Stored]] = {}
-        for tensor, dtype, whole, stored in _scan(folder):
+        for tensor, dtype, whole, stored in _scan(folder, files):
             if kinds.setdefault(tensor, (dtype, whole)) != (dtype, whole):
                 first = kinds[tensor]
                 what = f"{first[0]} {list(first[1])} and in {stored.file} {dtype} {list(whole)}"
@@ -139,11 +142,11 @@ class _EntryFormat(TypedDict):
 _FORMAT = TypeAdapter(dict[str, _EntryFormat])
 
 
-def _scan(folder: Path) -> Iterator[tuple[str, torch.dtype, tuple[int, ...], Stored]]:
-    for path in sorted((folder / STATE).glob(f"*{SUFFIX}")):
-        file = f"{STATE}/{path.name}"
+def _scan(folder: Path, files: Sequence[str] | None) -> Iterator[tuple[str, torch.dtype, tuple[int, ...], Stored]]:
+    listed = [f"{STATE}/{path.name}" for path in (folder / STATE).glob(f"*{SUFFIX}")] if files is None else files
+    for file in sorted(listed):
         try:
-            for tensor, dtype, whole, box in list_file(path):
+            for tensor, dtype, whole, box in list_file(folder / file):
                 yield tensor, dtype, whole, Stored(file, box)
         except (OSError, SafetensorError, ValueError) as error:
             raise damaged(folder, f"{file} cannot be read: {str(error).splitlines()[0]}") from error

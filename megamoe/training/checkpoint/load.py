@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from megamoe.common.errors import CheckpointError, DamagedCheckpointError
 from megamoe.common.log import get_logger
 from megamoe.config.architecture import differences
+from megamoe.config.problems import nearest
 from megamoe.config.training import TrainingConfig
 from megamoe.parallel import collectives
 from megamoe.training import random_state
@@ -20,6 +22,8 @@ from megamoe.training.engine import Engine
 from megamoe.training.fragments import restore
 from megamoe.training.state import TrainState
 
+WORDS = ("auto", "must", "never")
+"""What `training.checkpoint.resume` may say besides a path."""
 KEPT = ("precision", "optimizer", "trainable", "frozen")
 """What of the layout that wrote a checkpoint a run that goes on from it has to keep."""
 
@@ -35,10 +39,11 @@ def find(training: TrainingConfig) -> list[Path]:
         CheckpointError: it asks for one and there is none, or for none and there is one.
     """
     resume = training.checkpoint.resume
-    if resume not in ("auto", "must", "never"):
-        return [Path(resume)]
     folders.recover(training.output_dir)
     found = folders.complete(training.output_dir)
+    if resume not in WORDS:
+        _check_word(resume)
+        return found[::-1] if found and _has_begun(training) else [folders.locate(resume)]
     if resume == "never" and found:
         raise CheckpointError(
             f"{training.output_dir} holds checkpoints already",
@@ -56,7 +61,47 @@ def find(training: TrainingConfig) -> list[Path]:
     return found[::-1]
 
 
-def choose(found: Sequence[Path], check_it: Check) -> tuple[Path, folders.Manifest] | None:
+def _check_word(resume: str) -> None:
+    if (near := nearest(resume, WORDS)) and not Path(resume).exists():
+        raise CheckpointError(
+            "training.checkpoint.resume is neither one of its words nor a folder",
+            got=resume,
+            expected=f"{', '.join(WORDS)}, or the folder of a checkpoint",
+            todo=f"did you mean {near}?",
+        )
+
+
+def _has_begun(training: TrainingConfig) -> bool:
+    """Whether a run that is to begin at a certain checkpoint did so before: it is the same command again."""
+    asked = Path(training.checkpoint.resume)
+    if _is_own(asked, training):
+        return goes_back(training) is None
+    return (asked / folders.MANIFEST).is_file()  # else it is a slip of the pen
+
+
+def _is_own(checkpoint: Path, training: TrainingConfig) -> bool:
+    return checkpoint.resolve().parent == folders.root(training.output_dir).resolve()
+
+
+def goes_back(training: TrainingConfig) -> Path | None:
+    """The checkpoint of this same run that it is told to go back to, and has not yet."""
+    asked = Path(training.checkpoint.resume)
+    if training.checkpoint.resume in WORDS or not _is_own(asked, training):
+        return None
+    return asked if folders.went_back_to(training.output_dir) != asked.name else None
+
+
+def remember(training: TrainingConfig) -> None:
+    """Note on the disk where the run begins, once nothing speaks against it. Rank 0 does this."""
+    if (back := goes_back(training)) is not None:
+        folders.go_back(training.output_dir, back)
+    elif training.checkpoint.resume in WORDS:
+        folders.go_back(training.output_dir, None)
+
+
+def choose(
+    found: Sequence[Path], check_it: Check, tick: Callable[[], None] = lambda: None
+) -> tuple[Path, folders.Manifest] | None:
     """The first of the checkpoints that is sound, with its manifest. Collective.
 
     Those before it are set aside under another name, so that they neither count as kept nor come up again.
@@ -64,31 +109,47 @@ def choose(found: Sequence[Path], check_it: Check) -> tuple[Path, folders.Manife
     Args:
         found: on rank 0; the others' do not count.
         check_it: whether the run can go on from it; for the reasons other than damage that raise.
+        tick: told as long as any rank gets on.
 
     Raises:
         CheckpointError: `check_it` says so, or none of them is sound.
     """
     broken: dict[Path, DamagedCheckpointError] = {}
     for folder in collectives.gather_objects(list(found))[0]:
-        looked = collectives.gather_objects(collectives.together(lambda: _look(folder, check_it)))  # noqa: B023
+        looked = collectives.gather_objects(_looked(folder, check_it, tick))
         damage = next((one for one in looked if isinstance(one, DamagedCheckpointError)), None)
         if damage is None:
             _set_aside(broken, folder)
             return folder, looked[collectives.rank()]  # type: ignore[return-value]
         broken[folder] = damage
     if broken:
-        collectives.together(lambda: _fail(next(iter(broken.values()))))
+        collectives.together(lambda: _fail(_none_is_sound(broken)))
     return None
 
 
-def _look(folder: Path, check_it: Check) -> folders.Manifest | DamagedCheckpointError:
-    try:
-        manifest = folders.read_manifest(folder)
-        check_it(folder, manifest)
-        folders.verify(folder, manifest, collectives.rank(), collectives.world_size())
-    except DamagedCheckpointError as damage:
-        return damage
-    return manifest
+def _looked(folder: Path, check_it: Check, tick: Callable[[], None]) -> folders.Manifest | DamagedCheckpointError:
+    def look(progress: Callable[[], None]) -> folders.Manifest | DamagedCheckpointError:
+        try:
+            manifest = folders.read_manifest(folder)
+            check_it(folder, manifest)
+            folders.verify(folder, manifest, collectives.rank(), collectives.world_size(), progress)
+        except DamagedCheckpointError as damage:
+            return damage
+        return manifest
+
+    return collectives.together_at_length(look, tick)
+
+
+def _none_is_sound(broken: Mapping[Path, DamagedCheckpointError]) -> CheckpointError:
+    first, *others = broken.values()
+    if not others:
+        return first
+    return DamagedCheckpointError(
+        f"none of the {len(broken)} checkpoints is sound",
+        got="; ".join(f"{folder}: {damage.got}" for folder, damage in broken.items()),
+        expected="files as written",
+        todo="bring one back from a copy, or move them away to start again",
+    )
 
 
 def _fail(error: Exception) -> None:
@@ -98,8 +159,11 @@ def _fail(error: Exception) -> None:
 def _set_aside(broken: Mapping[Path, DamagedCheckpointError], sound: Path) -> None:
     for folder, damage in broken.items():
         log.warning("%s: %s; going on from %s", damage.what, damage.got, sound)
-        if collectives.rank() == 0:
-            folders.set_aside(folder)
+        collectives.together(partial(folders.set_aside, folder) if collectives.rank() == 0 else _nothing)
+
+
+def _nothing() -> None:
+    pass
 
 
 def check(
@@ -138,9 +202,15 @@ def check(
         )
 
 
-def load_checkpoint(engine: Engine, folder: Path, manifest: folders.Manifest) -> TrainState:
-    """Restore weights, optimizer, statistics and random streams from files that were verified. Collective."""
-    restore(engine, Reader(folder), manifest.state.updates)
+def load_checkpoint(
+    engine: Engine, folder: Path, manifest: folders.Manifest, tick: Callable[[], None] = lambda: None
+) -> TrainState:
+    """Restore weights, optimizer, statistics and random streams from files that were verified. Collective.
+
+    Args:
+        tick: told as long as any rank gets on.
+    """
+    restore(engine, collectives.together(lambda: Reader(folder)), manifest.state.updates, tick)
     collectives.together(lambda: _restore_streams(engine, folder, manifest))
     return manifest.state
 

@@ -5,7 +5,6 @@ all ranks (of experts: all E of them in dim 0). Its pieces tile it; who wrote th
 
     weight           the master weight where there is one, else the weight itself
     exp_avg, exp_avg_sq, momentum_buffer, ...   what the optimizer keeps of a weight, of the same shape
-    step             the optimizer's count of a weight, without dims
     statistic        buffers of the routers
 """
 
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from megamoe.training.checkpoint.boxes import Box
 
-WEIGHT, STEP, STATISTIC = "weight", "step", "statistic"
+WEIGHT, STATISTIC = "weight", "statistic"
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,8 @@ from megamoe.training.checkpoint.folder import damaged
 from megamoe.training.checkpoint.index import Entry, Index, Stored
 from megamoe.training.checkpoint.pieces import split_name
 
-_MAX_OPEN = 64
+_MAX_OPEN = 4096
+"""Mapped at once. A checkpoint of ZeRO-3 has a piece of every tensor in every file."""
 
 
 class Reader:
@@ -41,6 +42,14 @@ class Reader:
     def has(self, tensor: str) -> bool:
         """Whether there is such a tensor, as in `weight/embedding.weight`."""
         return tensor in self.index.tensors
+
+    def dtype(self, tensor: str) -> torch.dtype:
+        """In which it was saved.
+
+        Raises:
+            CheckpointError: there is no such tensor.
+        """
+        return self._entry(tensor).dtype
 
     def names(self, kind: str) -> list[str]:
         """The parameters or buffers that have a tensor of this kind, by their own names (without the kind)."""

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from megamoe.common.errors import CheckpointError, ConfigError, MegamoeError
+from megamoe.common.log import get_logger
 from megamoe.config import derive
 from megamoe.config.load import dump_config
 from megamoe.config.memory import FP32, WIDTH
@@ -31,11 +32,13 @@ from megamoe.training.checkpoint.index import STATE, Index
 from megamoe.training.checkpoint.pieces import Piece
 from megamoe.training.engine import Engine
 from megamoe.training.fragments import pieces_to_write
-from megamoe.training.run_folder import write_json
+from megamoe.training.run_folder import write_bytes, write_json
 from megamoe.training.state import TrainState
 from megamoe.training.trainable import frozen_patterns
 
 RANKS = "ranks"
+
+log = get_logger("megamoe.checkpoint")
 
 
 @dataclass
@@ -138,15 +141,13 @@ class Saver:
         asynchronous = self._config.training.checkpoint.asynchronous
         pieces = list(pieces_to_write(self._engine))
         if asynchronous:
-            pieces = self._memory.copies(pieces)
+            pieces = self._cleaning(lambda: collectives.together(lambda: self._memory.copies(pieces)))
         self._flight = _Flight(target, manifest, pieces, random_state.get_states())
-        if asynchronous:
-            write = partial(_write, self._flight, self._config, self._tokenizer)
-            self._flight.thread = threading.Thread(target=write, name="checkpoint", daemon=True)
-            self._flight.thread.start()
-        else:
-            _write(self._flight, self._config, self._tokenizer)
-            self._unreported = self._publish()
+        write = partial(_write, self._flight, self._config, self._tokenizer)
+        self._flight.thread = threading.Thread(target=write, name="checkpoint", daemon=True)
+        self._flight.thread.start()
+        if not asynchronous:
+            self._unreported = self.finish()
 
     def collect(self, writing_anywhere: bool) -> Path | None:
         """Complete the checkpoint that was being written, if it is; to be called after every step.
@@ -260,10 +261,12 @@ def _write(flight: _Flight, config: RunConfig, tokenizer: Path) -> None:
         name = _state_file()
         flight.files[name] = write_file(target / name, flight.pieces)
         flight.pieces.clear()
-        write_json(target / RANKS / f"rank_{rank:05d}.json", flight.streams)
+        streams = f"{RANKS}/rank_{rank:05d}.json"
+        write_json(target / streams, flight.streams)
+        flight.files[streams] = folders.describe(target / streams)
         if rank == 0:
             write_json(target / "config.json", dump_config(config))
-            shutil.copyfile(tokenizer, target / "tokenizer.model")
+            write_bytes(target / "tokenizer.model", tokenizer.read_bytes())
     except OSError as error:
         flight.error = _cannot_write(target, str(error))
     except ConfigError as error:  # of the small files
@@ -287,17 +290,35 @@ def _complete(flight: _Flight, config: RunConfig) -> Path:
 
 def _publish(flight: _Flight, files: dict[str, folders.FileEntry], config: RunConfig) -> Path:
     target, checkpoint = flight.target, config.training.checkpoint
-    if collectives.rank() == 0:
-        try:
-            index = Index.scan(target)
-            index.check()  # a hole would be a defect of ours, better known now than when it is read
-            index.write()
-            small = folders.digests(target, but=files)
-            folders.publish(target, replace(flight.manifest, files={**files, **small}))
-            folders.retain(config.training.output_dir, checkpoint.keep, checkpoint.keep_every)
-        except OSError as error:
-            raise _cannot_write(target, str(error)) from error
-    return target.with_name(folders.final_name(flight.manifest.step))
+    final = target.with_name(folders.final_name(flight.manifest.step))
+    if collectives.rank() != 0:
+        return final
+    try:
+        _write_index(target, [name for name in files if name.startswith(f"{STATE}/")])
+        small = folders.digests(target, but=files)
+        folders.publish(target, replace(flight.manifest, files={**files, **small}))
+    except OSError as error:
+        raise _cannot_write(target, str(error)) from error
+    try:
+        folders.retain(config.training.output_dir, checkpoint.keep, checkpoint.keep_every)
+    except OSError as error:
+        log.warning("older checkpoints could not be deleted: %s", error)
+    return final
+
+
+def _write_index(target: Path, files: Sequence[str]) -> None:
+    """From the files that the ranks say they wrote: a folder's listing may be old on a network."""
+    index = Index.scan(target, files)
+    try:
+        index.check()
+    except CheckpointError as error:  # better known now than when it is read
+        raise CheckpointError(
+            f"checkpoint {folders.final_name_of(target)} would not be whole",
+            got=error.got,
+            expected="pieces that cover every tensor once",
+            todo="report this, it is a defect of megamoe; the checkpoints before it are untouched",
+        ) from error
+    index.write()
 
 
 def _cannot_write(target: Path, reason: str) -> CheckpointError:
