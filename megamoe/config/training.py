@@ -48,7 +48,8 @@ class CheckpointConfig(Section):
     resume: str = Field(
         "auto",
         description="auto: the newest sound checkpoint of output_dir, if any; never: refuse a used output_dir; must: "
-        "fail without one; or the folder of a checkpoint to begin at: one of output_dir renames later ones, one from elsewhere counts until output_dir has one. The same command again goes on from what was saved since.",
+        "fail without one; or the folder of a checkpoint to begin at: one of output_dir renames later ones, one from "
+        "elsewhere counts until output_dir has one. The same command again goes on from what was saved since.",
     )
 
 

@@ -1,7 +1,7 @@
 """What looks after one rank of a run: its heartbeat, its watchdog, and the run's status for whoever started it.
 
-`<output_dir>/status.json` says how the run stands: {"state", "step", "time", "reason"}, with the states running (and
-the step at which it began), finished, stopped (before its last step, by a person or by `training.stop_after_step`), requeue
+`<output_dir>/status.json` says how the run stands: {"state", "step", "time", "reason"}. States: running (and the step
+at which it began), finished, stopped (before its last step, by a person or by `training.stop_after_step`), requeue
 (saved, to be started again) and failed. A run that was killed leaves "running".
 """
 
