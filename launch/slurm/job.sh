@@ -91,6 +91,9 @@ words_of_this_seed() {
     seed=("training.seed=$SLURM_ARRAY_TASK_ID" "training.output_dir=$folder/seed_$SLURM_ARRAY_TASK_ID")
 }
 
+# Of another launch, in whose environment the job was submitted; srun numbers the ranks here.
+unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE
+
 run_job() { # SCRIPT WORDS...
     local script=$MEGAMOE_ROOT/$1 code=0 seed=() start=() program=()
     shift

@@ -60,7 +60,9 @@ def test_one_process_trains_the_same_model(launched: dict[Launcher, tuple[Run, O
 @pytest.mark.parametrize("launcher", ["deepspeed", "torchrun", "python"])
 def test_the_run_folder(launched: dict[Launcher, tuple[Run, Outcome]], launcher: Launcher) -> None:
     run, _ = launched[launcher]
-    assert sorted(path.name for path in run.folder.iterdir()) == ["checkpoints", "config.json", "logs", "metrics.jsonl"]
+    assert sorted(path.name for path in run.folder.iterdir()) == [
+        *("checkpoints", "config.json", "heartbeats", "logs", "metrics.jsonl", "status.json"),
+    ]
     assert json.loads((run.folder / "config.json").read_text())["training"]["output_dir"] == str(run.folder)
     assert sorted(path.name for path in run.checkpoints.iterdir()) == ["step_00000005", "step_00000010"]
     ranks = 1 if launcher == "python" else 2
@@ -72,6 +74,7 @@ OURS = re.compile(
     r"|step \d+: validation loss \d+\.\d+"
     r"|saved .*/checkpoints/step_\d+"
     r"|\d\d:\d\d:\d\d op \w+: .*"
+    r"|slowest: rank \d on .*, \d+\.\d\d x the median of 2 ranks"
 )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,15 @@ from megamoe.testing.launches import launch
 from megamoe.testing.nodes import Facts
 from megamoe.testing.preflight import Options, Result, preflight
 from megamoe.testing.ranks import run_ranks
+
+
+@pytest.fixture(autouse=True)
+def same_environment() -> Iterator[None]:
+    """The command is called inside this process, and a process alone exports that it is rank 0 of 1."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
 
 
 def check_as_a_node_of_its_own(megabytes: float, minimum: float) -> tuple[int, Result | None]:
