@@ -13,8 +13,8 @@ from megamoe.testing.kills import LAYOUTS, Campaign
 def test_killed_runs_lose_nothing(tmp_path: Path) -> None:
     name = "ep2-zero1"
     campaign = Campaign(tmp_path, seed=5)
-    campaign.carry_out(5, {name: LAYOUTS[name]})
-    assert campaign.kills.total() >= 5
+    campaign.carry_out(3, {name: LAYOUTS[name]})
+    assert campaign.kills.total() >= 3
     assert campaign.runs >= 1
 
 

@@ -50,7 +50,7 @@ LAYOUTS = {
     "cp2-ep2": ("parallel.cp=2", "parallel.ep=2", "parallel.zero_stage=1"),
     "offload-zero2": ("parallel.ep=2", "parallel.zero_stage=2", "parallel.offload_optimizer=true"),
 }
-QUICK = ("ep4", "pp2-tp2-ep2", "ep2-zero3", "tp2-ep2-etp2-zero2")
+QUICK = ("pp2-tp2-ep2", "ep2-zero3", "tp2-ep2-etp2-zero2")
 
 
 def engine_of(config: RunConfig) -> tuple[Engine, Runtime]:

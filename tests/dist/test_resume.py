@@ -138,7 +138,7 @@ def test_kill_in_the_middle_of_a_save(tmp_path: Path, victim: int) -> None:
 
 
 CHANGES = [
-    pytest.param(2, ("parallel.ep=2",), 1, (), id="ep2_to_one_rank"),
+    pytest.param(2, ("parallel.ep=2",), 1, (), id="ep2_to_one_rank", marks=THOROUGH),
     pytest.param(
         4,
         ("parallel.pp=2", "parallel.tp=2", "parallel.ep=2"),
@@ -147,7 +147,12 @@ CHANGES = [
         id="pp2_tp2_ep2_to_ep2_zero3",
     ),
     pytest.param(
-        2, ("parallel.ep=2", "parallel.zero_stage=2"), 4, ("parallel.tp=2", "parallel.ep=4"), id="ep2_zero2_to_tp2_ep4"
+        2,
+        ("parallel.ep=2", "parallel.zero_stage=2"),
+        4,
+        ("parallel.tp=2", "parallel.ep=4"),
+        id="ep2_zero2_to_tp2_ep4",
+        marks=THOROUGH,
     ),
 ]
 
