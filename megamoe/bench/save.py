@@ -133,4 +133,4 @@ def in_temporary_folder(config: RunConfig, measure: Callable[[RunConfig], dict[s
     """Measure with checkpoints in a folder that goes away."""
     with tempfile.TemporaryDirectory(prefix="megamoe-save-") as name:
         training = config.training.model_copy(update={"output_dir": name})
-        return measure(config.model_copy(update={"training": training}))
+        return measure(config.model_copy(update={"training": training})) | {"config": dump_config(config)}
