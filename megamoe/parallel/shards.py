@@ -67,7 +67,4 @@ def place_of(
 
 def whole_shape(parameter: Tensor, axes: Mapping[str, Axis]) -> torch.Size:
     """Shape of the whole that the parameter is a part of."""
-    shape = list(parameter.shape)
-    for shard in shards_of(parameter):
-        shape[shard.dim] *= axes.get(shard.axis, SINGLE).size
-    return torch.Size(shape)
+    return torch.Size(place_of(parameter, tuple(parameter.shape), axes)[0])
