@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -41,7 +43,9 @@ class MoELayer(ExpertParallelMarker):
         size = RouterSize(hidden_size, config.num_experts, config.top_k, vocab_size, ops, number, config.broadcast)
         self.router = build_router(config.router, size, config.capacity, ep)
         broadcasts = config.broadcast is not None
-        self.dispatcher = build_dispatcher(config.dispatcher, ep.group, broadcasts=broadcasts, etp=ep.etp, ops=ops)
+        self.dispatcher = build_dispatcher(
+            config.dispatcher, ep.group, broadcasts=broadcasts, etp=ep.etp, ops=ops, layer=number
+        )
         self.tokens = ep.tokens
         num_local = config.num_experts // ep.size
         self.experts = Experts(num_local, hidden_size, config.expert_ffn_size, ops.expert_ffn, ep.etp)
@@ -82,17 +86,15 @@ class MoELayer(ExpertParallelMarker):
             ids_T = ids_T[real] if ids_T is not None else None
         size = num_rows if spread is None else spread.size
         plan = self.router(rows_TD, Rows(ids_T, sequences_T, size, spread))
-        rows_RD, rows_per_expert_L, handle = self.dispatcher.dispatch(rows_TD, plan)
-        out_RD = self.experts(rows_RD, handle.weights_R, rows_per_expert_L)
-        # Before the way home, so that a recomputed pass has all that the gradients need without it.
-        shared = self.shared_experts(x) if self.shared_experts is not None else None
-        out_TD = self.dispatcher.combine(out_RD, handle)
+        beside = partial(self.shared_experts, x) if self.shared_experts is not None else None
+        passage = self.dispatcher.through(rows_TD, plan, self.experts, beside)
+        out_TD = passage.out_TD
         if real is not None and spread is None:
             out_TD = sum_rows(out_TD, real, num_rows)
         out = out_TD.view(x.shape)
-        if shared is not None:
-            out = out + shared
-        sent = torch.full((), float(handle.sent_bytes), device=x.device)
+        if passage.beside is not None:
+            out = out + passage.beside
+        sent = torch.full((), float(passage.sent_bytes), device=x.device)
         return out, LayerAux(plan.losses, plan.observations, plan.metrics | {"sent_bytes": (sent, "sum")})
 
 

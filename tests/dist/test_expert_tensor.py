@@ -175,11 +175,14 @@ def counting() -> Iterator[Callable[[], int]]:
     """Bytes that this rank hands to collectives for other ranks."""
     exchange, gather, total = dist.all_to_all_single, dist.all_gather, [0]
 
-    def counted_exchange(out: Tensor, sent: Tensor, receive: Any = None, send: Any = None, *, group: Any) -> None:
+    def counted_exchange(
+        out: Tensor, sent: Tensor, receive: Any = None, send: Any = None, **how: Any
+    ) -> dist.Work | None:
+        group = how["group"]
         ranks = dist.get_world_size(group)
         splits = [len(sent) // ranks] * ranks if send is None else send
         total[0] += (sum(splits) - splits[dist.get_rank(group)]) * sent[0].nbytes if len(sent) else 0
-        exchange(out, sent, receive, send, group=group)
+        return exchange(out, sent, receive, send, **how)
 
     def counted_gather(out: list[Tensor], sent: Tensor, group: Any) -> None:
         total[0] += (len(out) - 1) * sent.nbytes

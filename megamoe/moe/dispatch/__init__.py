@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import torch.distributed as dist
-
 from megamoe.config.ops import OpsConfig
 from megamoe.moe.dispatch.all_to_all import AllToAllDispatcher
 from megamoe.moe.dispatch.base import Dispatcher
@@ -12,15 +10,18 @@ from megamoe.moe.dispatch.expert_tensor import ExpertTensorDispatcher
 from megamoe.moe.dispatch.local import LocalDispatcher
 from megamoe.moe.dispatch.padded import PaddedDispatcher
 from megamoe.parallel.axis import SINGLE, Axis
+from megamoe.parallel.groups import ProcessGroup
+from megamoe.parallel.link import Link
 
 
 def build_dispatcher(
     name: str,
-    group: dist.ProcessGroup | None,
+    group: ProcessGroup | None,
     *,
     broadcasts: bool = False,
     etp: Axis = SINGLE,
     ops: OpsConfig | None = None,
+    layer: int = 0,
 ) -> Dispatcher:
     """The dispatcher called `name` (`moe.dispatcher`) over an expert-parallel group; None is a group of this rank.
 
@@ -30,18 +31,19 @@ def build_dispatcher(
         broadcasts: whether plans may have rows to broadcast.
         etp: ranks that hold parts of the same experts.
         ops: with which implementations rows move.
+        layer: number of the block.
     """
     ops = ops or OpsConfig()
-    dispatcher = _build(name, group, ops)
+    link = None if group is None else Link(group, layer)
+    dispatcher = _build(name, link, ops)
     if broadcasts:
-        dispatcher = BroadcastDispatcher(dispatcher, group)
-    return ExpertTensorDispatcher(dispatcher, etp, ops) if etp.size > 1 else dispatcher
+        dispatcher = BroadcastDispatcher(dispatcher, link)
+    return ExpertTensorDispatcher(dispatcher, etp, ops, layer) if etp.size > 1 else dispatcher
 
 
-def _build(name: str, group: dist.ProcessGroup | None, ops: OpsConfig) -> Dispatcher:
-    spread = group is not None and dist.get_world_size(group) > 1
-    if name == "local" or (name == "auto" and not spread):
+def _build(name: str, link: Link | None, ops: OpsConfig) -> Dispatcher:
+    if name == "local" or (name == "auto" and (link is None or link.num_ranks == 1)):
         return LocalDispatcher(ops)
-    if group is None:
+    if link is None:
         raise ValueError(f"{name} needs a process group")
-    return AllToAllDispatcher(group, ops) if name == "all_to_all" else PaddedDispatcher(group, ops)
+    return AllToAllDispatcher(link, ops) if name == "all_to_all" else PaddedDispatcher(link, ops)

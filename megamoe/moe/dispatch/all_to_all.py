@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -13,6 +12,7 @@ from megamoe.config.ops import OpsConfig
 from megamoe.moe.dispatch.base import DEFAULT, Dispatcher, at_home, leaving
 from megamoe.moe.dispatch.journey import Journey, Order, Splits, packed_width, travel
 from megamoe.moe.types import DispatchHandle, RoutingPlan
+from megamoe.parallel.link import Link
 
 
 class AllToAllDispatcher(Dispatcher):
@@ -23,15 +23,13 @@ class AllToAllDispatcher(Dispatcher):
 
     name = "all_to_all"
 
-    def __init__(self, group: dist.ProcessGroup, ops: OpsConfig = DEFAULT) -> None:
-        self.group, self.ops = group, ops
-        self.num_ranks = dist.get_world_size(group)
+    def __init__(self, link: Link, ops: OpsConfig = DEFAULT) -> None:
+        self.link, self.ops, self.num_ranks = link, ops, link.num_ranks
 
     def dispatch(self, rows_TD: Tensor, plan: RoutingPlan) -> tuple[Tensor, Tensor, DispatchHandle]:
         sent_PL = plan.rows_per_expert_E.view(self.num_ranks, -1)
-        received_PL = torch.empty_like(sent_PL)
-        dist.all_to_all_single(received_PL, sent_PL.contiguous(), group=self.group)
-        splits = Splits(self.group, sent_PL.sum(1).tolist(), received_PL.sum(1).tolist(), self.ops)
+        received_PL = self.link.exchange(sent_PL, None, None, "counts")
+        splits = Splits(self.link, sent_PL.sum(1).tolist(), received_PL.sum(1).tolist(), self.ops)
         rows, choices = leaving(rows_TD, plan)
         leave = Order(choices.place_TK, choices.source_A[: sum(splits.send or ())])
         arrival = travel(
@@ -47,7 +45,7 @@ class AllToAllDispatcher(Dispatcher):
 
     def _sent_bytes(self, splits: Splits, rows_TD: Tensor, plan: RoutingPlan) -> int:
         """Rows with their weights to other ranks, results back to them, and the counts."""
-        me, width = dist.get_rank(self.group), rows_TD.shape[1]
+        me, width = self.link.rank, rows_TD.shape[1]
         there, back = (sum(split) - split[me] for split in (splits.send or [0], splits.receive or [0]))
         values = there * (width + packed_width(rows_TD, plan.weights_A)) + back * width
         counts = len(plan.rows_per_expert_E) // self.num_ranks * (self.num_ranks - 1) * 8
@@ -70,11 +68,11 @@ class AllToAll(torch.autograd.Function):
     """all_to_all_single along dim 0 with uneven splits; its backward pass is the same with the splits exchanged."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup) -> Tensor:
-        ctx.splits = Splits(group, send, receive)
-        return ctx.splits.there(rows)
+    def forward(ctx: Any, rows: Tensor, send: list[int], receive: list[int], link: Link, phase: str) -> Tensor:
+        ctx.splits, ctx.phase = Splits(link, send, receive), phase
+        return ctx.splits.there(rows, phase)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return ctx.splits.back(grads[0]), None, None, None
+        return ctx.splits.back(grads[0], f"{ctx.phase} backward"), None, None, None, None

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +15,21 @@ from megamoe.ops.rows import gather_rows, sum_rows
 
 DEFAULT = OpsConfig()
 """The fastest implementations there are."""
+
+Work = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""What experts do: rows [R, D] grouped by expert, their gate weights [R] and the rows of each expert to rows [R, D]."""
+Beside = Callable[[], Tensor]
+"""Work on this rank that needs nothing of the exchange."""
+
+
+class Passage(NamedTuple):
+    """Rows that went through their experts."""
+
+    out_TD: Tensor
+    beside: Tensor | None
+    """What the work beside it gave."""
+    sent_bytes: int
+    """As in :class:`megamoe.moe.types.DispatchHandle`."""
 
 
 class Dispatcher(ABC):
@@ -39,6 +56,17 @@ class Dispatcher(ABC):
     @abstractmethod
     def combine(self, rows_RD: Tensor, handle: DispatchHandle) -> Tensor:
         """Bring the experts' rows home and add them up per token: [T, D]. Weights were applied by the experts."""
+
+    def through(self, rows_TD: Tensor, plan: RoutingPlan, experts: Work, beside: Beside | None = None) -> Passage:
+        """Rows to their experts, through them, and home. Who can do these at the same time does it here.
+
+        Args:
+            beside: done before the way home, so that a recomputed pass has all that the gradients need without it.
+        """
+        rows_RD, rows_per_expert_L, handle = self.dispatch(rows_TD, plan)
+        out_RD = experts(rows_RD, handle.weights_R, rows_per_expert_L)
+        shared = None if beside is None else beside()
+        return Passage(self.combine(out_RD, handle), shared, handle.sent_bytes)
 
 
 def leaving(rows_TD: Tensor, plan: RoutingPlan) -> tuple[Tensor, Choices]:

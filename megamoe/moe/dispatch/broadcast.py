@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from megamoe.moe.dispatch.all_to_all import AllToAll
 from megamoe.moe.dispatch.base import Dispatcher
 from megamoe.moe.types import BroadcastRows, DispatchHandle, RoutingPlan
 from megamoe.ops.rows import gather_rows, sum_rows
+from megamoe.parallel.link import Link
 
 
 class _Exchange(NamedTuple):
@@ -21,6 +21,7 @@ class _Exchange(NamedTuple):
     """int64 [V]: place among the U rows of each row that leaves."""
     send_splits: list[int]
     receive_splits: list[int]
+    link: Link
 
 
 class _Together(NamedTuple):
@@ -46,16 +47,15 @@ class BroadcastDispatcher(Dispatcher):
     broadcast rows become ordinary assignments.
     """
 
-    def __init__(self, inner: Dispatcher, group: dist.ProcessGroup | None) -> None:
-        self.inner, self.group = inner, group
-        self.num_ranks = 1 if group is None else dist.get_world_size(group)
+    def __init__(self, inner: Dispatcher, link: Link | None) -> None:
+        self.inner, self.link, self.num_ranks = inner, link, 1 if link is None else link.num_ranks
         self.name = inner.name
 
     def dispatch(self, rows_TD: Tensor, plan: RoutingPlan) -> tuple[Tensor, Tensor, DispatchHandle]:
-        if plan.broadcast is None or self.num_ranks == 1:
+        if plan.broadcast is None or self.link is None or self.num_ranks == 1:
             return self.inner.dispatch(rows_TD, as_assignments(plan))
         rows_RD, rows_per_expert_L, handle = self.inner.dispatch(rows_TD, plan)
-        rows_GD, weights_GL, exchange, sent_bytes = self._send(rows_TD, plan.broadcast)
+        rows_GD, weights_GL, exchange, sent_bytes = _send(rows_TD, plan.broadcast, self.link)
         source_Q, weights_Q = _merge(rows_RD, rows_per_expert_L, handle.weights_R, weights_GL)
         together = _Together(source_Q, len(rows_RD), len(rows_GD), exchange, handle)
         taken_L = (weights_GL != 0).sum(0)
@@ -73,28 +73,27 @@ class BroadcastDispatcher(Dispatcher):
         assigned_RD, broadcast_GD = sources.split([together.num_assigned, together.num_broadcast])
         home_TD = self.inner.combine(assigned_RD, together.inner)
         exchange = together.exchange
-        home_VD = AllToAll.apply(broadcast_GD, exchange.receive_splits, exchange.send_splits, self.group)
+        home_VD = AllToAll.apply(broadcast_GD, exchange.receive_splits, exchange.send_splits, exchange.link, "combine")
         return home_TD + sum_rows(home_VD, broadcast.token_ids_U[exchange.leaving_V], len(home_TD))
 
-    def _send(self, rows_TD: Tensor, broadcast: BroadcastRows) -> tuple[Tensor, Tensor, _Exchange, int]:
-        """Broadcast rows that arrive here [G, D], their weights for the experts here [G, L], and what was sent."""
-        rows_UD = gather_rows(rows_TD, broadcast.token_ids_U)
-        weights_UPL = broadcast.weights_UE.unflatten(1, (self.num_ranks, -1))
-        wanted_PU = (weights_UPL != 0).any(-1).t()
-        sent_P = wanted_PU.sum(1)
-        received_P = torch.empty_like(sent_P)
-        dist.all_to_all_single(received_P, sent_P, group=self.group)
-        place = wanted_PU.nonzero()  # by rank, then by token
-        exchange = _Exchange(place[:, 1], sent_P.tolist(), received_P.tolist())
-        weights_VL = weights_UPL[place[:, 1], place[:, 0]]
-        splits = exchange.send_splits, exchange.receive_splits
-        rows_GD = AllToAll.apply(gather_rows(rows_UD, exchange.leaving_V), *splits, self.group)
-        weights_GL = AllToAll.apply(weights_VL, *splits, self.group)
-        me = dist.get_rank(self.group)
-        there, back = (sum(split) - split[me] for split in splits)
-        per_row = rows_TD.shape[1] * rows_TD.element_size()
-        weights = there * weights_VL.shape[1] * weights_VL.element_size()
-        return rows_GD, weights_GL, exchange, (there + back) * per_row + weights + (self.num_ranks - 1) * 8
+
+def _send(rows_TD: Tensor, broadcast: BroadcastRows, link: Link) -> tuple[Tensor, Tensor, _Exchange, int]:
+    """Broadcast rows that arrive here [G, D], their weights for the experts here [G, L], and what was sent."""
+    rows_UD = gather_rows(rows_TD, broadcast.token_ids_U)
+    weights_UPL = broadcast.weights_UE.unflatten(1, (link.num_ranks, -1))
+    wanted_PU = (weights_UPL != 0).any(-1).t()
+    sent_P = wanted_PU.sum(1)
+    received_P = link.exchange(sent_P, None, None, "counts")
+    place = wanted_PU.nonzero()  # by rank, then by token
+    exchange = _Exchange(place[:, 1], sent_P.tolist(), received_P.tolist(), link)
+    weights_VL = weights_UPL[place[:, 1], place[:, 0]]
+    splits = exchange.send_splits, exchange.receive_splits
+    rows_GD = AllToAll.apply(gather_rows(rows_UD, exchange.leaving_V), *splits, link, "dispatch")
+    weights_GL = AllToAll.apply(weights_VL, *splits, link, "dispatch")
+    there, back = (sum(split) - split[link.rank] for split in splits)
+    per_row = rows_TD.shape[1] * rows_TD.element_size()
+    weights = there * weights_VL.shape[1] * weights_VL.element_size()
+    return rows_GD, weights_GL, exchange, (there + back) * per_row + weights + (link.num_ranks - 1) * 8
 
 
 def _merge(rows_RD: Tensor, rows_per_expert_L: Tensor, weights_R: Tensor, weights_GL: Tensor) -> tuple[Tensor, Tensor]:

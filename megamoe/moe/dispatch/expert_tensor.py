@@ -15,6 +15,7 @@ from megamoe.moe.dispatch.journey import Journey, Order, Splits, packed_width, t
 from megamoe.moe.types import Choices, DispatchHandle, RoutingPlan
 from megamoe.parallel import collectives
 from megamoe.parallel.axis import Axis
+from megamoe.parallel.link import Link
 
 
 class _Exchange(NamedTuple):
@@ -36,18 +37,19 @@ class ExpertTensorDispatcher(Dispatcher):
     dispatcher that needs neither.
     """
 
-    def __init__(self, inner: Dispatcher, etp: Axis, ops: OpsConfig = DEFAULT) -> None:
+    def __init__(self, inner: Dispatcher, etp: Axis, ops: OpsConfig = DEFAULT, layer: int = 0) -> None:
         if etp.group is None:
             raise ValueError("rows cannot reach the other parts of an expert without a process group")
-        self.inner, self.etp, self.group, self.ops = inner, etp, etp.group, ops
+        self.inner, self.etp, self.ops = inner, etp, ops
+        self.link = Link(etp.group, layer, "etp")
         self.name = inner.name
 
     def dispatch(self, rows_TD: Tensor, plan: RoutingPlan) -> tuple[Tensor, Tensor, DispatchHandle]:
         rows_RD, rows_per_expert_L, inner = self.inner.dispatch(rows_TD, plan)
-        received_PL = torch.stack(collectives.all_gather(rows_per_expert_L, self.group))
+        received_PL = torch.stack(collectives.all_gather(rows_per_expert_L, self.link.group))
         receive = received_PL.sum(1).tolist()
         held, num_parts = receive[self.etp.rank], self.etp.size
-        splits = Splits(self.group, [held] * num_parts, receive, self.ops)
+        splits = Splits(self.link, [held] * num_parts, receive, self.ops)
         leave = to_everyone(held, num_parts, rows_RD.device)
         weights_RP = inner.weights_R[:held, None].expand(held, num_parts)
         choices = Choices(leave.place_NK, weights_RP, leave.place_NK, leave.source_M)

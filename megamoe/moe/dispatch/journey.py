@@ -11,7 +11,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -20,6 +19,7 @@ from megamoe.moe.dispatch.base import DEFAULT
 from megamoe.moe.types import Choices
 from megamoe.ops.plan import plan_rows
 from megamoe.ops.rows import permute_rows, unpermute_rows
+from megamoe.parallel.link import Link
 
 EMPTY = -1.0
 """Gate weight of a row that is nobody's; real ones are not negative. (Not NaN: a diverged run has those.)"""
@@ -41,17 +41,17 @@ class Order(NamedTuple):
 class Splits(NamedTuple):
     """Rows to and from each rank of a group. None: equally many everywhere."""
 
-    group: dist.ProcessGroup
+    link: Link
     send: list[int] | None = None
     receive: list[int] | None = None
     ops: OpsConfig = DEFAULT
     """With which implementations rows are put in order before and after."""
 
-    def there(self, rows: Tensor) -> Tensor:
-        return _all_to_all(rows, self.send, self.receive, self.group)
+    def there(self, rows: Tensor, phase: str) -> Tensor:
+        return self.link.exchange(rows, self.send, self.receive, phase)
 
-    def back(self, rows: Tensor) -> Tensor:
-        return _all_to_all(rows, self.receive, self.send, self.group)
+    def back(self, rows: Tensor, phase: str) -> Tensor:
+        return self.link.exchange(rows, self.receive, self.send, phase)
 
 
 class Journey(NamedTuple):
@@ -99,7 +99,7 @@ class _There(torch.autograd.Function):
         move = splits.ops.rows
         values = weights.to(_together(rows, weights)).contiguous()
         sent = permute_rows(rows, leave.source_M, leave.place_NK, values, EMPTY, implementation=move)
-        arrived = splits.there(sent)
+        arrived = splits.there(sent, "dispatch")
         del sent
         arrived_rows, arrived_weights = unpack(arrived, rows.shape[1], weights.dtype)
         experts, num_local = by_expert(arrived_weights)
@@ -118,7 +118,7 @@ class _There(torch.autograd.Function):
         d_rows, values = d_rows.contiguous(), d_weights.to(_together(d_rows, d_weights))[:, None].contiguous()
         move = ctx.splits.ops.rows
         packed = permute_rows(d_rows, back.source_M, back.place_NK, values, 0.0, implementation=move)
-        returned = ctx.splits.back(packed)
+        returned = ctx.splits.back(packed, "dispatch backward")
         del packed
         home_rows, home_weights = unpack(returned, d_rows.shape[1], d_weights.dtype)
         d_home = unpermute_rows(home_rows, leave.place_NK, leave.source_M, implementation=move)
@@ -133,7 +133,8 @@ class _Home(torch.autograd.Function):
         ctx.journey = journey
         leave, splits, arrive = journey
         back, move = arrive.backwards(), splits.ops.rows
-        home = splits.back(permute_rows(rows, back.source_M, back.place_NK, implementation=move))
+        leaving = permute_rows(rows, back.source_M, back.place_NK, implementation=move)
+        home = splits.back(leaving, "combine")
         return unpermute_rows(home, leave.place_NK, leave.source_M, implementation=move)
 
     @staticmethod
@@ -142,7 +143,7 @@ class _Home(torch.autograd.Function):
         leave, splits, arrive = ctx.journey
         move = splits.ops.rows
         leaving = permute_rows(grads[0].contiguous(), leave.source_M, leave.place_NK, implementation=move)
-        arrived = splits.there(leaving)
+        arrived = splits.there(leaving, "combine backward")
         return permute_rows(arrived, arrive.source_M, arrive.place_NK, implementation=move), None
 
 
@@ -168,10 +169,3 @@ def _values_at(values: Tensor, index: Tensor) -> Tensor:
     if not values.numel():
         return values.new_zeros(index.shape)
     return values[index.clamp_min(0).long()].masked_fill(index < 0, 0.0)
-
-
-def _all_to_all(rows: Tensor, send: list[int] | None, receive: list[int] | None, group: dist.ProcessGroup) -> Tensor:
-    num_arriving = rows.shape[0] if receive is None else sum(receive)
-    arrived = rows.new_empty(num_arriving, *rows.shape[1:])
-    dist.all_to_all_single(arrived, rows.contiguous(), receive, send, group=group)
-    return arrived

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from megamoe.config.ops import OpsConfig
@@ -12,6 +11,8 @@ from megamoe.moe.dispatch.base import DEFAULT, Dispatcher, leaving
 from megamoe.moe.dispatch.journey import EMPTY, Order, Splits, packed_width, travel
 from megamoe.moe.types import DispatchHandle, RoutingPlan
 from megamoe.ops.plan import plan_rows
+from megamoe.parallel import collectives
+from megamoe.parallel.link import Link
 
 
 class PaddedDispatcher(Dispatcher):
@@ -25,10 +26,9 @@ class PaddedDispatcher(Dispatcher):
 
     name = "padded"
 
-    def __init__(self, group: dist.ProcessGroup, ops: OpsConfig = DEFAULT) -> None:
-        self.group, self.ops = group, ops
-        self.num_ranks = dist.get_world_size(group)
-        self.ragged = AllToAllDispatcher(group, ops)
+    def __init__(self, link: Link, ops: OpsConfig = DEFAULT) -> None:
+        self.link, self.ops, self.num_ranks = link, ops, link.num_ranks
+        self.ragged = AllToAllDispatcher(link, ops)
         self._agreed = False
 
     def dispatch(self, rows_TD: Tensor, plan: RoutingPlan) -> tuple[Tensor, Tensor, DispatchHandle]:
@@ -38,7 +38,7 @@ class PaddedDispatcher(Dispatcher):
         self._agree(capacity, plan.rows_per_expert_E)
         rows, choices = leaving(rows_TD, plan)
         place_TK, source_S, _ = plan_rows(choices.experts_TK, num_experts, slots=capacity, implementation=self.ops.plan)
-        leave, splits = Order(place_TK, source_S), Splits(self.group, ops=self.ops)
+        leave, splits = Order(place_TK, source_S), Splits(self.link, ops=self.ops)
         num_local = num_experts // self.num_ranks
 
         def by_expert(weights_S: Tensor) -> tuple[Tensor, int]:
@@ -61,8 +61,7 @@ class PaddedDispatcher(Dispatcher):
         """
         if self._agreed:
             return
-        sizes = [torch.empty(1, dtype=torch.int64, device=like.device) for _ in range(self.num_ranks)]
-        dist.all_gather(sizes, torch.tensor([capacity], device=like.device), group=self.group)
+        sizes = collectives.all_gather(torch.tensor([capacity], device=like.device), self.link.group)
         found = [int(size) for size in sizes]
         if len(set(found)) > 1:
             raise ValueError(f"a padded exchange needs as many rows on every rank; capacities over ranks: {found}")
