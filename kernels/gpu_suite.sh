@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Everything that only a GPU can show, in less than 9 minutes: tests on CUDA, memory and race checkers, ceilings, ops, the
-# MoE layer, other implementations, training.
+# MoE layer, other implementations, training, the exchange without messages.
 #
 #   bash kernels/gpu_suite.sh OUT            on a machine with one NVIDIA GPU, torch and nvcc, without a package registry
 #   bash kernels/gpu_suite.sh OUT --smoke    every step in tiny sizes on a CPU: does it run? Gives no numbers
@@ -13,7 +13,7 @@
 #   STEPS="tests ops"         only these (default: all of them, in this order)
 set -uo pipefail
 
-readonly ALL_STEPS="environment install library conditions data tests memcheck racecheck ceilings ops layer tiny 1b peers"
+readonly ALL_STEPS="environment install library conditions data tests memcheck racecheck ceilings ops layer tiny 1b peers push"
 die() {
     printf 'gpu_suite: %s\n' "$*" >&2
     exit 2
@@ -229,6 +229,7 @@ step layer 60 bash -c "$(in_shell bench layer)"
 step tiny 60 bash -c "$(in_shell train tiny 55)"
 step 1b 110 bash -c "$(in_shell train 1b 105)"
 step peers 150 bash -c "$(in_shell peers)"
+step push 150 bash -c "$(in_shell bench push)"
 
 printf '\n'
 cat "$OUT/tables.md"

@@ -33,7 +33,7 @@ class Passage(NamedTuple):
 
 
 class Dispatcher(ABC):
-    """Brings rows to their experts and their results home. Holds no state between calls.
+    """Brings rows to their experts and their results home. Holds no state between calls but memory.
 
     The backward pass of `dispatch` is `combine` and the other way round. With identity experts that only multiply by
     the gate weight, combine(dispatch(x)) is x times the sum of its weights, and no result depends on the dispatcher
