@@ -23,9 +23,11 @@ from collections.abc import Iterable
 from fractions import Fraction
 from functools import cached_property
 from itertools import pairwise
+from typing import Literal
 
 from megamoe.config import derive
 from megamoe.config.deepspeed import deepspeed_config
+from megamoe.config.exchange_bytes import COUNT, Spread, backward_bytes, forward_bytes, rows_per_token
 from megamoe.config.memory import FP32, WIDTH
 from megamoe.config.routers import BalancedRouterConfig, ExpertChoiceRouterConfig, HashRouterConfig
 from megamoe.config.routers import ResonanceRouterConfig as Resonance
@@ -35,12 +37,12 @@ from megamoe.config.weights import Weight, rank_weights, trained
 
 Sent = dict[str, dict[str, float]]
 """Axis to what it is to bytes."""
-COUNT = 8
-"""Bytes of a number of rows."""
 PERSISTENT = 100_000
 """Elements up to which DeepSpeed's ZeRO-3 keeps a parameter whole, where its configuration does not say."""
 REUSE = 1_000_000_000
 """Elements to the next use within which it keeps a parameter, likewise."""
+PER_NODE = 8
+"""Ranks of a node, for an exchange between nodes and inside them."""
 SIZES = 16
 """Different sizes of a padded exchange (`moe/bounds.py`)."""
 
@@ -181,6 +183,8 @@ class _Stage:
         return sent, float(moe.num_experts * slots), True
 
     def _ep(self) -> dict[str, float]:
+        if self.config.moe.dispatcher in ("deduplicated", "hierarchical", "groupwise"):
+            return {**self._once(), **self._choices()}
         size, again = self.parallel.ep, self._again("moe", "full")
         _, rows, padded = self._assignments
         blocks = self.steps * self.moe_blocks
@@ -194,6 +198,24 @@ class _Stage:
             "numbers of rows": blocks * (1 + again) * counts,
             **self._choices(),
             **self._broadcast(),
+        }
+
+    def _once(self) -> dict[str, float]:
+        """Where a token goes once to a rank. As if none were broadcast, which reach all ranks."""
+        moe, parallel = self.config.moe, self.parallel
+        name: Literal["deduplicated", "hierarchical", "groupwise"] = moe.dispatcher  # type: ignore[assignment]
+        together = {"deduplicated": 1, "hierarchical": PER_NODE, "groupwise": parallel.tp}[name]
+        spread = Spread(moe.num_experts, moe.top_k, parallel.ep, parallel.ep, math.gcd(together, parallel.ep))
+        sent, _, _ = self._assignments
+        tokens = round(sent / moe.top_k)
+        results = rows_per_token(name, spread).sent * tokens * self.row_bytes
+        forward = forward_bytes(name, spread, tokens, self.row_bytes, self.wide).sent
+        backward = backward_bytes(name, spread, tokens, self.row_bytes, self.wide).sent
+        blocks = self.steps * self.moe_blocks
+        return {
+            "rows to experts, once to a rank": blocks * (1 + self._again("moe", "full")) * (forward - results),
+            "rows back": blocks * results,
+            "gradients of both": blocks * backward,
         }
 
     def _choices(self) -> dict[str, float]:

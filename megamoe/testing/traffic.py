@@ -112,6 +112,8 @@ class Traffic(TorchDispatchMode):
             return origin.axes[0]
         if origin.axes == ("pp",):  # sent through the default group, and tied weights through one of their own
             return "pp"
+        if "ep" in origin.axes and set(ranks) < set(self.groups.ep.ranks):  # between its nodes, or inside one
+            return "ep"
         fitting = [axis for axis in origin.axes if getattr(self.groups, axis).ranks == ranks]
         return _NAMES.get(fitting[0], fitting[0]) if fitting else OTHER
 
