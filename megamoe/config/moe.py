@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -98,10 +98,21 @@ class MoEConfig(Section):
     broadcast: BroadcastConfig | None = Field(
         None, description="Broadcast uncertain tokens to all experts in training (GW-MoE); null: no."
     )
-    dispatcher: Literal["auto", "local", "all_to_all", "padded"] = Field(
+    dispatcher: Literal[
+        "auto", "local", "all_to_all", "padded", "deduplicated", "hierarchical", "groupwise", "push"
+    ] = Field(
         "auto",
         description="How rows reach their experts. local: no exchange. all_to_all: exactly the rows kept, after an "
         "exchange of their numbers. padded: the capacity's rows for every expert, without an exchange of numbers or a "
-        "wait for it; needs a capacity, and whole micro-batches on a rank (tp and cp 1). auto: local where parallel.ep "
-        "is 1, else padded where it can be and all_to_all where not.",
+        "wait for it; needs a capacity, and whole micro-batches on a rank (tp and cp 1). deduplicated: a token once to "
+        "each rank that has experts for it, its results added up there. hierarchical: a token once to each node, and "
+        "there once to each rank. groupwise: the same with tensor-parallel groups for nodes (LocMoE). push: rows "
+        "written straight into the memory of ranks on the same node, sized by a capacity as padded. auto: local where "
+        "parallel.ep is 1, else padded where it can be and all_to_all where not.",
+    )
+    chunks: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
+        "auto",
+        description="In how many chunks of its experts a rank takes its rows, so that the exchange of one hides behind "
+        "the computation of another; with dispatcher auto, padded or all_to_all. auto: by a model of the costs; 1 on "
+        "CPUs.",
     )

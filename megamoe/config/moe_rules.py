@@ -65,14 +65,64 @@ def local_dispatch_needs_local_experts(config: RunConfig) -> Iterator[Problem]:
 
 def padded_dispatch_needs_a_capacity(config: RunConfig) -> Iterator[Problem]:
     moe = config.moe
-    if moe.dispatcher != "padded":
+    if moe.dispatcher not in ("padded", "push"):
         return
+    name = moe.dispatcher
     if moe.capacity.mode == "dropless":
-        what = "padded needs a bound on each expert's rows, which dropless is not; use all_to_all or a capacity"
+        what = f"{name} needs a bound on each expert's rows, which dropless is not; use all_to_all or a capacity"
         yield Problem("moe.dispatcher", what, ("moe.capacity.mode",))
     elif isinstance(moe.router, ResonanceRouterConfig) and moe.router.scope == "ep_group":
-        what = "padded needs a bound on each rank's part, which moe.router.scope ep_group does not have; use all_to_all"
+        what = (
+            f"{name} needs a bound on each rank's part, which moe.router.scope ep_group does not have; use all_to_all"
+        )
         yield Problem("moe.dispatcher", what, ("moe.router.scope",))
+
+
+def groupwise_dispatch_has_groups(config: RunConfig) -> Iterator[Problem]:
+    parallel = config.parallel
+    experts, tp = parallel.ep * parallel.etp, parallel.tp
+    if config.moe.dispatcher != "groupwise":
+        return
+    if tp == 1:
+        what = "groupwise exchanges inside tensor-parallel groups, but parallel.tp is 1; use deduplicated"
+        yield Problem("moe.dispatcher", what, ("parallel.tp",))
+    elif experts % tp and tp % experts:
+        what = (
+            f"groupwise needs whole tensor-parallel groups, but {tp} (parallel.tp) does not divide the {experts} ranks "
+            "of parallel.ep times etp; use deduplicated"
+        )
+        yield Problem("moe.dispatcher", what, ("parallel.tp", "parallel.ep", "parallel.etp"))
+
+
+def rows_have_other_ranks_to_go_to(config: RunConfig) -> Iterator[Problem]:
+    name, parallel = config.moe.dispatcher, config.parallel
+    if name in ("deduplicated", "hierarchical", "groupwise", "push") and parallel.ep == 1:
+        what = f"{name} sends rows to the experts of other ranks, but parallel.ep is 1; use auto"
+        yield Problem("moe.dispatcher", what, ("parallel.ep",))
+    elif name == "push" and parallel.etp > 1:
+        what = f"push writes rows to whole experts, but parallel.etp is {parallel.etp}; use padded"
+        yield Problem("moe.dispatcher", what, ("parallel.etp",))
+
+
+def chunks_are_of_experts(config: RunConfig) -> Iterator[Problem]:
+    chunks, parallel = config.moe.chunks, config.parallel
+    if chunks == "auto" or chunks == 1:
+        return
+    held = config.moe.num_experts // parallel.ep
+    if config.moe.dispatcher not in ("auto", "padded", "all_to_all"):
+        what = f"{chunks} needs an exchange that goes in chunks, which {config.moe.dispatcher} does not; use auto or 1"
+        yield Problem("moe.chunks", what, ("moe.dispatcher",))
+    elif parallel.ep == 1 or parallel.etp > 1:
+        what = (
+            f"{chunks} needs experts on other ranks, whole ones (parallel.ep {parallel.ep}, etp {parallel.etp}); use 1"
+        )
+        yield Problem("moe.chunks", what, ("parallel.ep", "parallel.etp"))
+    elif config.ops.expert_ffn in ("reference", "grouped_mm", "by_source"):
+        what = f"{chunks} needs weight gradients that can wait, which {config.ops.expert_ffn} has not; use 1"
+        yield Problem("moe.chunks", what, ("ops.expert_ffn",))
+    elif chunks > held:
+        what = f"{chunks} chunks of {held} experts on a rank (moe.num_experts over parallel.ep); use at most {held}"
+        yield Problem("moe.chunks", what, ("moe.num_experts", "parallel.ep"))
 
 
 def bounds_need_affinities(config: RunConfig) -> Iterator[Problem]:
@@ -192,6 +242,9 @@ MOE_RULES: tuple[Callable[[RunConfig], Iterator[Problem]], ...] = (
     some_block_has_experts,
     local_dispatch_needs_local_experts,
     padded_dispatch_needs_a_capacity,
+    groupwise_dispatch_has_groups,
+    rows_have_other_ranks_to_go_to,
+    chunks_are_of_experts,
     bounds_need_affinities,
     expert_choice_needs_a_capacity,
     expert_choice_ranks_by_score,

@@ -161,10 +161,10 @@ def muon_sees_whole_matrices(config: RunConfig) -> Iterator[Problem]:
 
 
 def padded_dispatch_needs_whole_micro_batches(config: RunConfig) -> Iterator[Problem]:
-    if config.moe.dispatcher == "padded" and _token_ranks(config) > 1:
+    if config.moe.dispatcher in ("padded", "push") and _token_ranks(config) > 1:
         what = (
-            f"padded needs a bound on each rank's part of what an expert keeps, and there is none for a part of a "
-            f"micro-batch ({_spread(config)}); use auto or all_to_all"
+            f"{config.moe.dispatcher} needs a bound on each rank's part of what an expert keeps, and there is none for "
+            f"a part of a micro-batch ({_spread(config)}); use auto or all_to_all"
         )
         yield Problem("moe.dispatcher", what, ("parallel.tp", "parallel.cp"))
 

@@ -114,5 +114,10 @@ class TrainingConfig(Section):
     validation: ValidationConfig = Field(default_factory=ValidationConfig)
     faults: FaultsConfig = Field(default_factory=FaultsConfig)
     monitor: MonitorConfig = Field(default_factory=MonitorConfig)
+    trace_steps: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Strict(False)] = Field(
+        (),
+        description="Optimizer steps of which a trace for Perfetto is written to traces/ of the run folder; --trace "
+        "STEP on the command line.",
+    )
     log_every: int = Field(1, ge=1, description="Steps between lines of metrics.jsonl and the progress line.")
     timeout_minutes: float = Field(10.0, gt=0, description="Limit of every collective: no rank waits longer.")

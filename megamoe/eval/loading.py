@@ -44,7 +44,7 @@ def open_checkpoint(path: str | Path, overrides: Sequence[str], world_size: int)
     config = load_config([folder / "config.json"], overrides)
     ep = math.gcd(world_size, config.moe.num_experts) if config.moe.num_experts else 1
     alone = (f"parallel.{axis}=1" for axis in ("tp", "pp", "cp", "etp"))
-    layout = (*alone, f"parallel.ep={ep}", "moe.dispatcher=auto")
+    layout = (*alone, f"parallel.ep={ep}", "moe.dispatcher=auto", "moe.chunks=auto")
     return Checkpoint(folder, manifest, load_config([folder / "config.json"], [*overrides, *layout]))
 
 
@@ -54,9 +54,9 @@ def load_model(checkpoint: Checkpoint, runtime: Runtime) -> tuple[Decoder, Token
     Raises:
         CheckpointError: a file is damaged or does not fit the configuration.
     """
-    folder, manifest, groups = checkpoint.folder, checkpoint.manifest, runtime.groups
+    folder, manifest = checkpoint.folder, checkpoint.manifest
     collectives.together(lambda: folders.verify(folder, manifest, runtime.rank, runtime.world_size))
-    model = Decoder(checkpoint.config, manifest.architecture["model.vocab_size"], placement(groups))
+    model = Decoder(checkpoint.config, manifest.architecture["model.vocab_size"], placement(runtime, checkpoint.config))
     collectives.together(lambda: load_weights(folder, model))
     return model.to(runtime.device).eval().requires_grad_(False), Tokenizer(folder / "tokenizer.model")
 

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
-from megamoe.ops.expert_ffn import EXPERT_FFN
+from megamoe.ops.expert_ffn import EXPERT_FFN, EXPERT_FFN_SPLIT
+from megamoe.ops.expert_ffn_later import Chunks
 from megamoe.parallel.axis import SINGLE, Axis
 from megamoe.parallel.linear import share
 from megamoe.parallel.shards import Shard, mark
+
+Pipeline = Callable[[Tensor, Tensor, Callable[[], Chunks]], Tensor]
+"""Rows, their gate weights and a maker of the experts' work in chunks, called once, to the results."""
 
 
 class Experts(nn.Module):
@@ -36,7 +42,22 @@ class Experts(nn.Module):
             mark(parameter, Shard(0, "ep"), Shard(ffn_dim, "etp"))
         self.implementation = implementation
 
-    def forward(self, rows_RD: Tensor, weights_R: Tensor, rows_per_expert_L: Tensor) -> Tensor:
-        """Rows grouped by expert [R, D] to rows [R, D], each multiplied by its gate weight."""
-        ffn = EXPERT_FFN.choose(self.implementation, rows_RD.device, rows_RD.dtype).function
-        return ffn(rows_RD, weights_R, self.w1, self.w2, self.w3, rows_per_expert_L)
+    def forward(
+        self, rows: Tensor, weights: Tensor, rows_per_expert_L: Tensor | None, pipeline: Pipeline | None = None
+    ) -> Tensor:
+        """Rows grouped by expert [R, D] to rows [R, D], each multiplied by its gate weight [R].
+
+        Args:
+            pipeline: brings rows to some of the experts at a time. Then rows and weights are what it takes, and the
+                result is what it gives. It runs inside of this call, because at ZeRO-3 the weights are whole as long as
+                it lasts, and in the backward pass from the gradient of its result to those of its tensors.
+        """
+        if pipeline is not None:
+            return pipeline(rows, weights, self._in_chunks)
+        assert rows_per_expert_L is not None
+        ffn = EXPERT_FFN.choose(self.implementation, rows.device, rows.dtype).function
+        return ffn(rows, weights, self.w1, self.w2, self.w3, rows_per_expert_L)
+
+    def _in_chunks(self) -> Chunks:
+        split = EXPERT_FFN_SPLIT.choose(self.implementation, self.w1.device, self.w1.dtype).function
+        return split((self.w1, self.w2, self.w3))

@@ -44,7 +44,14 @@ class MoELayer(ExpertParallelMarker):
         self.router = build_router(config.router, size, config.capacity, ep)
         broadcasts = config.broadcast is not None
         self.dispatcher = build_dispatcher(
-            config.dispatcher, ep.group, broadcasts=broadcasts, etp=ep.etp, ops=ops, layer=number
+            config.dispatcher,
+            ep.group,
+            broadcasts=broadcasts,
+            etp=ep.etp,
+            ops=ops,
+            layer=number,
+            chunks=ep.chunks,
+            nodes=ep.nodes,
         )
         self.tokens = ep.tokens
         num_local = config.num_experts // ep.size

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from megamoe.parallel.axis import SINGLE, Axis
 from megamoe.parallel.groups import ProcessGroup
+from megamoe.parallel.nodes import NodeGroups
 
 
 class ExpertParallel(NamedTuple):
@@ -20,6 +21,10 @@ class ExpertParallel(NamedTuple):
     """Ranks that hold parts of the same experts, and different tokens."""
     tokens: Axis = SINGLE
     """Ranks over which the tokens of one micro-batch are spread, in the order of their positions."""
+    nodes: NodeGroups | None = None
+    """How the group lies on nodes (or on tensor-parallel groups), for dispatchers that go between and then inside."""
+    chunks: int = 1
+    """In how many chunks of experts rows are exchanged."""
 
     def on_node(self, num_experts: int) -> list[bool]:
         """For each of E experts, whether its rank is on this node."""

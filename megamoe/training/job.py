@@ -130,7 +130,7 @@ def carry_out(job: Job, config: RunConfig, runtime: Runtime) -> RunEnd:
 
 def build_engine(config: RunConfig, runtime: Runtime, vocab_size: int, fill: Callable[[nn.Module], None]) -> Engine:
     """The model of this rank inside the engine, with the weights that `fill` gives it. Collective."""
-    groups, place = runtime.groups, placement(runtime.groups)
+    groups, place = runtime.groups, placement(runtime, config)
     if groups.pp.size > 1:
         stage = DecoderStage(config, vocab_size, place, groups.pp.place)
         _prepare(stage, config, runtime, fill)

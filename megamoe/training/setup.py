@@ -12,10 +12,13 @@ import torch.distributed as dist
 
 from megamoe.common import env
 from megamoe.common.errors import LostPeerError, TopologyError
+from megamoe.config.chunks import best_for
 from megamoe.config.parallel import ParallelConfig
+from megamoe.config.run import RunConfig
 from megamoe.moe.placement import ExpertParallel, Placement
 from megamoe.parallel.axis import axis_of
 from megamoe.parallel.groups import Groups, build_groups
+from megamoe.parallel.nodes import NodeGroups, build_node_groups, consecutive, tensor_parallel_groups
 from megamoe.parallel.topology import Topology
 
 # What gloo says when a peer is gone or late; it has no exception type of its own.
@@ -79,18 +82,42 @@ def is_lost_peer(error: RuntimeError) -> bool:
     return isinstance(error, dist.DistError) or any(sign in str(error) for sign in _LOST)
 
 
-def placement(groups: Groups) -> Placement:
+def placement(runtime: Runtime, config: RunConfig) -> Placement:
     """This rank's place in its pipeline stage. Nodes hold equally many consecutive ranks, as launchers place them.
+
+    Collective.
 
     Where a micro-batch is spread over nodes, the node of its first rank is its own: what routers know about nodes is
     the same on all of its ranks, and so is what they learn from it.
     """
-    per_node, ep = env.local_world_size(), groups.ep
+    groups, per_node = runtime.groups, env.local_world_size()
+    ep = groups.ep
     home = groups.micro_batch.ranks[0] // per_node
     node = tuple(place for place, rank in enumerate(ep.ranks) if rank // per_node == home)
     etp, tokens = axis_of(groups.etp), axis_of(groups.micro_batch)
-    experts = ExpertParallel(ep.size, ep.place, ep.handle, node, etp, tokens)
+    nodes, chunks = _node_groups(runtime, config, per_node), _chunks(runtime, config, per_node)
+    experts = ExpertParallel(ep.size, ep.place, ep.handle, node, etp, tokens, nodes, chunks)
     return Placement(experts, axis_of(groups.tp), axis_of(groups.cp))
+
+
+def _node_groups(runtime: Runtime, config: RunConfig, per_node: int) -> NodeGroups | None:
+    """The groups of dispatchers that go between nodes and then inside them."""
+    topology, limit = runtime.groups.topology, timedelta(minutes=config.training.timeout_minutes)
+    if config.moe.dispatcher == "groupwise":
+        return build_node_groups(topology.groups("ep"), tensor_parallel_groups(topology), limit)
+    if config.moe.dispatcher == "hierarchical":
+        return build_node_groups(topology.groups("ep"), consecutive(runtime.world_size, per_node), limit)
+    return None
+
+
+def _chunks(runtime: Runtime, config: RunConfig, per_node: int) -> int:
+    """`moe.chunks`, or what the model of the costs says where the exchange can go in chunks."""
+    moe = config.moe
+    if moe.chunks != "auto":
+        return moe.chunks
+    if moe.dispatcher not in ("auto", "padded", "all_to_all") or config.ops.expert_ffn == "by_source":
+        return 1
+    return best_for(config, runtime.device.type == "cuda", per_node)
 
 
 def _join(device: torch.device, timeout: timedelta) -> None:

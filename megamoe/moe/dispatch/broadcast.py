@@ -56,7 +56,7 @@ class BroadcastDispatcher(Dispatcher):
             return self.inner.dispatch(rows_TD, as_assignments(plan))
         rows_RD, rows_per_expert_L, handle = self.inner.dispatch(rows_TD, plan)
         rows_GD, weights_GL, exchange, sent_bytes = _send(rows_TD, plan.broadcast, self.link)
-        source_Q, weights_Q = _merge(rows_RD, rows_per_expert_L, handle.weights_R, weights_GL)
+        source_Q, weights_Q = merge_by_expert(rows_RD, rows_per_expert_L, handle.weights_R, weights_GL)
         together = _Together(source_Q, len(rows_RD), len(rows_GD), exchange, handle)
         taken_L = (weights_GL != 0).sum(0)
         merged = DispatchHandle(weights_Q, plan, len(rows_TD), together, handle.sent_bytes + sent_bytes)
@@ -96,7 +96,9 @@ def _send(rows_TD: Tensor, broadcast: BroadcastRows, link: Link) -> tuple[Tensor
     return rows_GD, weights_GL, exchange, (there + back) * per_row + weights + (link.num_ranks - 1) * 8
 
 
-def _merge(rows_RD: Tensor, rows_per_expert_L: Tensor, weights_R: Tensor, weights_GL: Tensor) -> tuple[Tensor, Tensor]:
+def merge_by_expert(
+    rows_RD: Tensor, rows_per_expert_L: Tensor, weights_R: Tensor, weights_GL: Tensor
+) -> tuple[Tensor, Tensor]:
     """Order of all rows by expert: assigned ones, then broadcast ones; assigned rows that no expert has come last.
 
     Returns:

@@ -97,7 +97,7 @@ class _There(torch.autograd.Function):
         ctx: Any, rows: Tensor, weights: Tensor, leave: Order, splits: Splits, by_expert: ByExpert
     ) -> tuple[Tensor, ...]:
         move = splits.ops.rows
-        values = weights.to(_together(rows, weights)).contiguous()
+        values = weights.to(together(rows, weights)).contiguous()
         sent = permute_rows(rows, leave.source_M, leave.place_NK, values, EMPTY, implementation=move)
         arrived = splits.there(sent, "dispatch")
         del sent
@@ -106,7 +106,7 @@ class _There(torch.autograd.Function):
         place, source, rows_per_expert = plan_rows(experts[:, None], num_local, implementation=splits.ops.plan)
         ctx.leave, ctx.splits, ctx.arrive = leave, splits, Order(place, source)
         by_expert_rows = permute_rows(arrived_rows, source, place, implementation=move)
-        by_expert_weights = _values_at(arrived_weights, source)
+        by_expert_weights = values_at(arrived_weights, source)
         ctx.mark_non_differentiable(rows_per_expert, place, source)
         return by_expert_rows, by_expert_weights, rows_per_expert, place, source
 
@@ -115,14 +115,14 @@ class _There(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         d_rows, d_weights = grads[:2]
         back, leave = ctx.arrive.backwards(), ctx.leave
-        d_rows, values = d_rows.contiguous(), d_weights.to(_together(d_rows, d_weights))[:, None].contiguous()
+        d_rows, values = d_rows.contiguous(), d_weights.to(together(d_rows, d_weights))[:, None].contiguous()
         move = ctx.splits.ops.rows
         packed = permute_rows(d_rows, back.source_M, back.place_NK, values, 0.0, implementation=move)
         returned = ctx.splits.back(packed, "dispatch backward")
         del packed
         home_rows, home_weights = unpack(returned, d_rows.shape[1], d_weights.dtype)
         d_home = unpermute_rows(home_rows, leave.place_NK, leave.source_M, implementation=move)
-        return d_home, _values_at(home_weights, leave.place_NK), None, None, None
+        return d_home, values_at(home_weights, leave.place_NK), None, None, None
 
 
 class _Home(torch.autograd.Function):
@@ -159,12 +159,12 @@ def unpack(packed: Tensor, width: int, dtype: torch.dtype) -> tuple[Tensor, Tens
     return packed[:, :width], values
 
 
-def _together(rows: Tensor, values: Tensor) -> torch.dtype:
+def together(rows: Tensor, values: Tensor) -> torch.dtype:
     """In which precision values travel beside rows: wider rows lose nothing of them."""
     return rows.dtype if rows.element_size() > values.element_size() else values.dtype
 
 
-def _values_at(values: Tensor, index: Tensor) -> Tensor:
+def values_at(values: Tensor, index: Tensor) -> Tensor:
     """`values[index]`, 0 where the index is -1."""
     if not values.numel():
         return values.new_zeros(index.shape)
