@@ -20,6 +20,7 @@ COMMANDS = {
     "data": "prepare and inspect training data",
     "doctor": "show versions, compiled kernels, and which implementation of every op runs here",
     "parity": "prove that every parallel layout trains the same model as one process",
+    "plan": "predict step time and hidden exchange on a cluster, and draw the timeline",
     "preflight": "check the nodes of a cluster before a long training, and name the bad ones",
     "study": "train several arms over several seeds and compare them",
 }

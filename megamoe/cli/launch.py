@@ -32,7 +32,8 @@ def launch(about: str, load: Load, start: Start, words: Sequence[str] | None = N
             expected="megamoe's own configuration, which DeepSpeed's is derived from",
             todo="put settings that megamoe does not know under deepspeed_extra",
         )
-    config = load(*split([*args.config, *args.overrides]))
+    traced = [f"training.trace_steps={args.trace}"] if args.trace else []
+    config = load(*split([*args.config, *args.overrides, *traced]))
     if args.dry_run:
         launched = env.launcher() != "none"
         if env.rank() == 0:
@@ -49,6 +50,13 @@ def _parse(about: str, words: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="single fields, over all files")
     parser.add_argument("--dry-run", action="store_true", help="print what would run, and start nothing")
+    parser.add_argument(
+        "--trace",
+        type=int,
+        action="append",
+        metavar="STEP",
+        help="write what every rank does in that step to traces/ of the run folder, for Perfetto; again for another",
+    )
     # What launchers and DeepSpeed scripts pass by habit.
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--deepspeed", action="store_true", help=argparse.SUPPRESS)

@@ -53,7 +53,7 @@ SINGLE_PLACES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "print": (("print",), ("megamoe/cli/", "launch/")),
 }
 # Rooms that answer in a blink, because they load neither of these.
-LIGHT_ROOMS = ("common", "config")
+LIGHT_ROOMS = ("common", "config", "plan")
 HEAVY = ("torch", "deepspeed")
 # Files that import the engine only inside functions, so that reading data does not cost its start.
 LAZY_ENGINE = ("megamoe/data/indexed.py",)

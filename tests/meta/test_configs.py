@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from megamoe.common.errors import ConfigError
+from megamoe.config.hardware import load_hardware
 from megamoe.config.load import load_config
 from megamoe.config.schema import json_schema
 from megamoe.study.plan import load_study
@@ -16,7 +17,8 @@ CONFIGS = ROOT / "configs"
 # Recipes lie directly in configs/ and stand alone; everything in a folder below is laid over a recipe.
 RECIPES = sorted(CONFIGS.glob("*.yaml"))
 STUDIES = sorted(CONFIGS.glob("reproduce/**/study*.yaml"))
-OVERLAYS = sorted(set(CONFIGS.glob("*/**/*.yaml")) - set(STUDIES))
+CLUSTERS = sorted(CONFIGS.glob("hardware/*.yaml"))
+OVERLAYS = sorted(set(CONFIGS.glob("*/**/*.yaml")) - {*STUDIES, *CLUSTERS})
 # What an overlay is laid over where that is not configs/tiny.yaml; an empty tuple means that it stands alone.
 BASE: dict[str, tuple[str, ...]] = {"reproduce/etr/gpu.yaml": ("reproduce/etr/base.yaml",)}
 
@@ -45,7 +47,12 @@ def test_the_table_of_bases_is_current() -> None:
     assert BASE.keys() <= set(map(relative, OVERLAYS))
 
 
-@pytest.mark.parametrize("path", [*RECIPES, *OVERLAYS, *STUDIES], ids=relative)
+@pytest.mark.parametrize("path", CLUSTERS, ids=relative)
+def test_every_cluster_loads(path: Path) -> None:
+    load_hardware(path)
+
+
+@pytest.mark.parametrize("path", [*RECIPES, *OVERLAYS, *STUDIES, *CLUSTERS], ids=relative)
 def test_every_file_says_in_its_first_line_what_it_is_for(path: Path) -> None:
     assert path.read_text(encoding="utf-8").startswith("# "), "begin with a comment"
     assert yaml.safe_load(path.read_text(encoding="utf-8")), "an overlay that changes nothing"
