@@ -91,6 +91,13 @@ def stop_lies_within_steps(config: RunConfig) -> Iterator[Problem]:
         yield Problem("training.stop_after_step", f"{stop} is after training.steps {steps}", ("training.steps",))
 
 
+def traced_steps_lie_within_steps(config: RunConfig) -> Iterator[Problem]:
+    steps = config.training.steps
+    late = [step for step in config.training.trace_steps if step > steps]
+    if late and _length_is_known(config):
+        yield Problem("training.trace_steps", f"{late[0]} is after training.steps {steps}", ("training.steps",))
+
+
 def kept_checkpoints_are_written(config: RunConfig) -> Iterator[Problem]:
     every, keep_every = config.training.checkpoint.every, config.training.checkpoint.keep_every
     if keep_every and (every == 0 or keep_every % every):
@@ -159,6 +166,7 @@ RULES: tuple[Rule, ...] = (
     warmup_ends_before_training,
     wsd_phases_fit,
     stop_lies_within_steps,
+    traced_steps_lie_within_steps,
     kept_checkpoints_are_written,
     zero_0_runs_in_fp32,
     fp64_keeps_its_digits,

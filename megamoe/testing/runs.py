@@ -21,6 +21,13 @@ TIMING = frozenset(
         "busy_seconds_mean",
         "slowest_rank",
         "slowest_over_median",
+        "exchange.exposed_share",
+        "exchange.exposed_share_least",
+        *(
+            f"layers.{block}.{name}"
+            for block in range(16)
+            for name in ("exchange_seconds", "exposed_seconds", "exposed_backward_seconds")
+        ),
     }
 )
 """What differs in metrics.jsonl between two runs of the same numbers."""

@@ -1,7 +1,8 @@
 """Where every rank is, in a file per rank, for whoever wants to know: a person, or the ranks that wait for it.
 
 `<output_dir>/heartbeats/rank_00000.json` is written again and again by a thread that needs neither torch nor the other
-ranks, so it goes on while the rank waits, and stops with the process.
+ranks, so it goes on while the rank waits, and stops with the process. `exchange` is the exchange of rows that the rank
+stands in at that moment, or that failed it: {"number", "layer", "axis", "phase", "ranks"}; null: none.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from megamoe.common.log import get_logger
+from megamoe.parallel.exchanges import RECORD, Exchanges
 
 FOLDER = "heartbeats"
 _STEPS = 50
@@ -40,10 +42,11 @@ class Pulse:
         since: when the phase began, by `time.time`.
         moved: when the main thread was last seen to get anywhere, by `time.monotonic`.
         ended: why the rank has left, once it has.
+        record: of its exchanges.
     """
 
-    def __init__(self) -> None:
-        self.step, self.phase, self.begun = 0, "set-up", 0
+    def __init__(self, record: Exchanges = RECORD) -> None:
+        self.step, self.phase, self.begun, self.record = 0, "set-up", 0, record
         self.since, self.moved = time.time(), time.monotonic()
         self.ended: str | None = None
         self._seconds: deque[float] = deque(maxlen=_STEPS)
@@ -66,9 +69,14 @@ class Pulse:
         """How long the main thread has not moved."""
         return time.monotonic() - self.moved
 
+    def where(self) -> str:
+        """In words."""
+        exchange = self.record.under_way()
+        return f"{self.phase} of step {self.step}" + (f", in {exchange}" if exchange is not None else "")
+
     def content(self) -> dict[str, Any]:
         """What the file says, without who and how often."""
-        seconds = list(self._seconds)
+        seconds, exchange = list(self._seconds), self.record.under_way()
         return {
             "step": self.step,
             "phase": self.phase,
@@ -77,6 +85,7 @@ class Pulse:
             "idle_seconds": round(self.idle_seconds(), 3),
             "step_seconds": {"last": seconds[-1], "median": statistics.median(seconds)} if seconds else None,
             "resident_bytes": _resident_bytes(),
+            "exchange": exchange.summary() if exchange is not None else None,
             "ended": self.ended,
         }
 

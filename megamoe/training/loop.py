@@ -26,6 +26,7 @@ from megamoe.training.setup import Runtime
 from megamoe.training.slowest import Slowest, of_step
 from megamoe.training.state import TrainState
 from megamoe.training.step import SKIPPED, Loader, rank_batches, train_step
+from megamoe.training.trace import Tracer
 
 log = get_logger("megamoe.loop")
 
@@ -82,6 +83,10 @@ class Loop:
     slowest: Slowest
     state: TrainState
 
+    def __post_init__(self) -> None:
+        training = self.config.training
+        self.tracer = Tracer(training.trace_steps, Path(training.output_dir), self.engine.model, self.runtime.rank)
+
     def run(self) -> RunEnd:
         """Train from `state` to the last step, or to a request to stop; saves before it leaves.
 
@@ -125,7 +130,8 @@ class Loop:
         factor = lr_factor(training.schedule, self.state.step + 1, training.steps)
         self.pulse.enter("forward-backward")
         busy = self.slowest.watch.seconds
-        result, norm = train_step(self.engine, batches, factor, self._flags, busy, self._accepts)
+        with self.tracer.around(self.state.step + 1):
+            result, norm = train_step(self.engine, batches, factor, self._flags, busy, self._accepts)
         samples = training.global_batch_size
         self.state = self.state.advanced(samples, samples * self.config.data.seq_length)
         self.state = guard.judged(self.state, norm, result.flags[SKIPPED], training.faults)
@@ -195,6 +201,7 @@ class Loop:
         tokens_per_second = self.config.training.global_batch_size * self.config.data.seq_length / seconds
         lr = factor * self.config.training.optimizer.lr
         drop_share = result.mean("drop_share")
+        exposed = result.exposed(seconds)
         lists = {name: value.tolist() for name, value in result.values.items() if value.numel() > 1}
         self._write(
             {
@@ -204,17 +211,19 @@ class Loop:
                 "step_seconds": seconds,
                 "skipped_steps": self.state.skipped,
                 **of_step(result.busy_P),
+                **exposed,
                 "drop_share": drop_share,
                 **values,
                 **lists,
             }
         )
         balance = values.get("balance_loss", 0.0)
+        waiting = f"  waiting {exposed['exchange.exposed_share']:.0%}" if exposed else ""
         skipped = f"  skipped {self.state.skipped}" if self.state.skipped else ""
         progress.step(
             self.state.step,
             f"loss {values['cross_entropy']:.4f}  balance {balance:.4f}  lr {lr:.2e}  grad {grad_norm:.3f}  "
-            f"{tokens_per_second:,.0f} tokens/s  dropped {drop_share:.1%}{skipped}",
+            f"{tokens_per_second:,.0f} tokens/s  dropped {drop_share:.1%}{waiting}{skipped}",
             remaining,
         )
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from megamoe.model.decoder import ModelOutput
 from megamoe.parallel.collectives import gather_objects, reduce_dict
+from megamoe.parallel.exchanges import LayerSeconds
 from megamoe.parallel.groups import Groups
 
 NO_FLAGS: Mapping[str, bool] = MappingProxyType({})
@@ -29,6 +30,17 @@ class StepMetrics:
     """By name, whether any rank said so."""
     busy_P: Tensor = field(default_factory=lambda: torch.zeros(0))
     """What every rank said that it was busy, seconds; 0 of those that did not say."""
+    exposed_P: Tensor = field(default_factory=lambda: torch.zeros(0))
+    """How long every rank stood waiting for exchanges, seconds; empty where there are none, or none is known yet."""
+
+    def exposed(self, step_seconds: float) -> dict[str, float]:
+        """`exchange.exposed_share`: part of the ranks' time in a step of that length that they stood waiting for
+        exchanges; `exchange.exposed_share_least`: of the rank that waited least. That one came last, so this much is
+        the link, and what the others waited longer is imbalance."""
+        if not len(self.exposed_P):
+            return {}
+        shares = {"exposed_share": self.exposed_P.mean(), "exposed_share_least": self.exposed_P.min()}
+        return {f"exchange.{name}": float(value) / step_seconds for name, value in shares.items()}
 
     def scalars(self) -> dict[str, float]:
         """The values that are one number."""
@@ -46,12 +58,18 @@ class StepMetrics:
 
 @dataclass
 class Accumulator:
-    """Collects micro-batches on this rank. Nothing waits for the device until `reduce`."""
+    """Collects micro-batches on this rank. Nothing waits for the device until `reduce`.
+
+    Attributes:
+        exchanges: of this stage's blocks with experts, over all micro-batches; the same blocks on every rank. Empty:
+            nothing is exchanged. None: nothing is known.
+    """
 
     count: int = 0
     means: dict[str, Tensor] = field(default_factory=dict)
     sums: dict[str, Tensor] = field(default_factory=dict)
     maxima: dict[str, Tensor] = field(default_factory=dict)
+    exchanges: dict[int, LayerSeconds] | None = None
 
     def add(self, output: ModelOutput) -> None:
         """Take in one micro-batch."""
@@ -85,9 +103,11 @@ class Accumulator:
         group = groups.stage.handle
         share = 1.0 / (max(1, self.count) * groups.stage.size)
         means = {f"mean/{name}": value * share for name, value in self.means.items()}
-        added = reduce_dict(means | {f"sum/{name}": value for name, value in self.sums.items()}, group)
         device = next(iter(self.means.values())).device
-        told = _told(flags, busy, groups).to(device, non_blocking=True)
+        sums = self.sums | _seconds(self.exchanges or {}, groups.stage.size, device)
+        added = reduce_dict(means | {f"sum/{name}": value for name, value in sums.items()}, group)
+        exposed = sum(seconds.exposed for seconds in (self.exchanges or {}).values())
+        told = _told(flags, busy, exposed, groups).to(device, non_blocking=True)
         largest = reduce_dict(self.maxima | {_TOLD: told}, group, "max")
         added, largest = on_host(added), on_host(largest)
         told = largest.pop(_TOLD)
@@ -95,7 +115,8 @@ class Accumulator:
         values = {name.removeprefix("mean/"): v for name, v in added.items() if name.startswith("mean/")}
         sums = {name.removeprefix("sum/"): v for name, v in added.items() if name.startswith("sum/")}
         values |= {name: v for name, v in sums.items() if name.startswith("layers.")} | largest
-        result = StepMetrics(values, _by_layer(sums), said, told[len(flags) :])
+        busy_P, exposed_P = told[len(flags) :].chunk(2)
+        result = StepMetrics(values, _by_layer(sums), said, busy_P, exposed_P[: 0 if self.exchanges is None else None])
         return result if groups.pp.size == 1 else _merged(gather_objects(result, groups.pp.handle))
 
 
@@ -108,15 +129,26 @@ def _merged(stages: list[StepMetrics]) -> StepMetrics:
     observations = {index: seen for stage in stages for index, seen in stage.observations.items()}
     flags = {name: any(stage.flags[name] for stage in stages) for name in stages[0].flags}
     busy_P = torch.stack([stage.busy_P for stage in stages]).amax(0)
-    return StepMetrics(values, observations, flags, busy_P)
+    exposed_P = torch.stack([stage.exposed_P for stage in stages]).amax(0)
+    return StepMetrics(values, observations, flags, busy_P, exposed_P)
 
 
-def _told(flags: Mapping[str, bool], busy: float, groups: Groups) -> Tensor:
-    """The flags, and behind them the seconds at this rank's place among all: a maximum puts those side by side."""
-    told = torch.zeros(len(flags) + groups.topology.world_size)
+def _told(flags: Mapping[str, bool], busy: float, exposed: float, groups: Groups) -> Tensor:
+    """The flags, and behind them both seconds at this rank's place among all: a maximum puts those side by side."""
+    size = groups.topology.world_size
+    told = torch.zeros(len(flags) + 2 * size)
     told[: len(flags)] = torch.tensor([float(value) for value in flags.values()])
-    told[len(flags) + groups.rank] = busy
+    told[len(flags) + groups.rank], told[len(flags) + size + groups.rank] = busy, exposed
     return told
+
+
+def _seconds(exchanges: Mapping[int, LayerSeconds], num_ranks: int, device: torch.device) -> dict[str, Tensor]:
+    """This rank's share of the mean over ranks. Not the maximum: the blocks' waits of different ranks add up to what
+    nobody waited, while the means add up to the ranks' time that was lost."""
+    names = ("exchange_seconds", "exposed_seconds", "exposed_backward_seconds")
+    keys = [f"layers.{index}.{name}" for index in exchanges for name in names]
+    flat = torch.tensor([value / num_ranks for seconds in exchanges.values() for value in seconds])
+    return dict(zip(keys, flat.to(device, non_blocking=True), strict=True))
 
 
 def on_host(values: dict[str, Tensor]) -> dict[str, Tensor]:

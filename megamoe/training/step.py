@@ -9,6 +9,7 @@ from typing import Protocol
 from megamoe.config import derive
 from megamoe.config.run import RunConfig
 from megamoe.data.batch import Batch
+from megamoe.parallel.exchanges import NO_SECONDS, RECORD, Moment
 from megamoe.training.engine import Engine
 from megamoe.training.metrics import NO_FLAGS, Accumulator, StepMetrics
 from megamoe.training.setup import Runtime
@@ -56,7 +57,14 @@ def train_step(
         What all ranks saw together, with the flag SKIPPED where the step changed nothing; and the global gradient norm.
     """
     accumulator = Accumulator()
-    grad_norm = engine.train(batches, lr_factor, accumulator.add, accept=accept)
+    RECORD.begin_step(batches[0].tokens_BS.is_cuda)
+    complete: list[Moment] = []
+    grad_norm = engine.train(batches, lr_factor, accumulator.add, lambda: complete.append(RECORD.moment()), accept)
+    for begin in complete:
+        RECORD.add_span("optimizer", None, "", begin)
+    waited = RECORD.end_step()
+    if engine.groups.experts.size > 1 and waited is not None:
+        accumulator.exchanges = {index: waited.get(index, NO_SECONDS) for index in engine.routers()}
     verdict = {SKIPPED: engine.rejected, _DONE: not engine.rejected}
     result = accumulator.reduce(engine.groups, {**flags(), **verdict}, busy())
     if result.flags[SKIPPED] and result.flags.pop(_DONE):

@@ -2,7 +2,9 @@
 
 `<output_dir>/status.json` says how the run stands: {"state", "step", "time", "reason"}. States: running (and the step
 at which it began), finished, stopped (before its last step, by a person or by `training.stop_after_step`), requeue
-(saved, to be started again) and failed. A run that was killed leaves "running".
+(saved, to be started again) and failed. A run that was killed leaves "running". Where a rank is lost in an exchange of
+rows, the reason names the block and phase that others wait in for it; and every rank that fails leaves its last
+exchanges (`trace.dump_recent`).
 """
 
 from __future__ import annotations
@@ -19,8 +21,9 @@ from pathlib import Path
 from megamoe.common.errors import LostPeerError, MegamoeError
 from megamoe.common.log import get_logger
 from megamoe.config.training import TrainingConfig
-from megamoe.training.heartbeat import Pulse, beating
+from megamoe.training.heartbeat import Heartbeat, Pulse, beating
 from megamoe.training.setup import is_lost_peer
+from megamoe.training.trace import dump_recent
 from megamoe.training.watchdog import READ_SECONDS, Watchdog, diagnosis, lost, within
 
 STATUS = "status.json"
@@ -56,7 +59,7 @@ def supervised(training: TrainingConfig, rank: int, world_size: int) -> Iterator
     limit = 60 * (faults.hang_minutes or 0.9 * training.timeout_minutes)
     with beating(folder, rank, faults.heartbeat_seconds) as (pulse, heartbeat):
         run = Supervised(pulse, training.steps)
-        naming = _naming_lost_peers(folder, rank, world_size, pulse, faults.heartbeat_seconds)
+        naming = _naming_lost_peers(folder, rank, world_size, heartbeat)
         watchdog = Watchdog(heartbeat, folder, rank, world_size, limit, partial(_failed, folder, rank, pulse))
         with _status(folder, rank, run), naming, watchdog:
             yield run
@@ -78,6 +81,7 @@ def _status(folder: Path, rank: int, run: Supervised) -> Iterator[None]:
 
 
 def _failed(folder: Path, rank: int, pulse: Pulse, error: BaseException) -> None:
+    dump_recent(folder, rank)
     # The rank that would write it may be the one that is lost.
     if rank == 0 or isinstance(error, LostPeerError):
         what = error.what if isinstance(error, MegamoeError) else f"{type(error).__name__}: {error}"
@@ -97,13 +101,15 @@ def write_status(folder: Path, rank: int, state: str, step: int, reason: str = "
 
 
 @contextlib.contextmanager
-def _naming_lost_peers(folder: Path, rank: int, world_size: int, pulse: Pulse, every: float) -> Iterator[None]:
+def _naming_lost_peers(folder: Path, rank: int, world_size: int, heartbeat: Heartbeat) -> Iterator[None]:
     """Say who it was where a collective fails."""
     try:
         yield
     except RuntimeError as error:
         if not is_lost_peer(error):
             raise
-        limit = 3 * every + READ_SECONDS
+        within(READ_SECONDS, heartbeat.beat, None)  # others may want to know what failed this rank
+        limit = 3 * heartbeat.seconds + READ_SECONDS
         found = within(limit, lambda: diagnosis(folder, rank, world_size), "the heartbeats cannot be read")
-        raise lost(found, f"in {pulse.phase} of step {pulse.step}: {str(error).splitlines()[0]}") from error
+        pulse, reason = heartbeat.pulse, str(error).splitlines()[0]
+        raise lost(found, f"in {pulse.phase} of step {pulse.step}: {reason}") from error

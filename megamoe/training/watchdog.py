@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 from megamoe.common.errors import EXIT_CODE, LostPeerError, PeerError
 from megamoe.common.log import get_logger
 from megamoe.common.main import report
+from megamoe.parallel.exchanges import place_text
 from megamoe.training import heartbeat
 from megamoe.training.heartbeat import Heartbeat
 
@@ -84,11 +85,12 @@ class Watchdog:
 
     def _judge(self) -> None:
         moved, idle = self._pulse.moved, self._pulse.idle_seconds()
+        within(READ_SECONDS, self._heartbeat.beat, None)  # others may want to know what this rank waits for
         read = partial(diagnosis, self._folder, self._rank, self._world_size)
         found = within(self._reading_seconds(), read, "the heartbeats cannot be read")
         if self._pulse.moved != moved or self._stop.is_set():
             return  # it went on meanwhile
-        where = f"{self._pulse.phase} of step {self._pulse.step}"
+        where = self._pulse.where()
         error = lost(found, f"this rank has stood in {where} for {idle:.0f} s", _dump_stacks(self._folder, self._rank))
         log.debug("%s", error)
         self._pulse.ended = f"{_STOOD} in {where}"
@@ -135,7 +137,11 @@ def diagnosis(folder: Path, own_rank: int, world_size: int) -> str:
     while not (names := _left(now)) and time.monotonic() < deadline:
         time.sleep(min(every / 4, 1.0))
         now = _read_all(folder, world_size)
-    return names or _silent(first, now, world_size) or _behind(now) or _all_alike(now, own_rank)
+    if names:
+        # A rank that waited for them in an exchange writes so as soon as it fails.
+        time.sleep(min(every / 4, 1.0))
+        return _left(_read_all(folder, world_size)) or names
+    return _silent(first, now, world_size) or _behind(now) or _missing(now) or _all_alike(now, own_rank)
 
 
 def _left(now: dict[int, dict[str, Any]]) -> str:
@@ -169,13 +175,23 @@ def _behind(now: dict[int, dict[str, Any]]) -> str:
     return _sentence(late, now)
 
 
+def _missing(now: dict[int, dict[str, Any]]) -> str:
+    """Who does not come to an exchange that others wait in, and waits in none itself."""
+    waiting = [content["exchange"] for content in now.values() if content.get("exchange")]
+    missing = {rank for exchange in waiting for rank in exchange["ranks"] if not now.get(rank, {}).get("exchange")}
+    return _sentence(dict.fromkeys(sorted(missing), "does not come to an exchange"), now)
+
+
 def _all_alike(now: dict[int, dict[str, Any]], own_rank: int) -> str:
     where = now[own_rank] if own_rank in now else next(iter(now.values()))
     return f"all {len(now)} ranks are alive and stand in {where['phase']} of step {where['step']}"
 
 
 def _sentence(verdicts: dict[int, str], contents: dict[int, dict[str, Any]]) -> str:
-    named = [_one(rank, verdict, contents.get(rank)) for rank, verdict in list(verdicts.items())[:_NAMED]]
+    named = [
+        _one(rank, verdict, contents.get(rank)) + _awaited(rank, verdicts, contents)
+        for rank, verdict in list(verdicts.items())[:_NAMED]
+    ]
     more = [f"and {len(verdicts) - _NAMED} more ranks"] if len(verdicts) > _NAMED else []
     return "; ".join([*named, *more])
 
@@ -184,7 +200,22 @@ def _one(rank: int, verdict: str, content: dict[str, Any] | None) -> str:
     if content is None:
         return f"rank {rank} {verdict}"
     where = f"last in {content['phase']} of step {content['step']}"
+    exchange = content.get("exchange")
+    where += f", in {_exchange(exchange)}" if exchange else ""
     return f"rank {rank} on {content['host']} {verdict}, {where}"
+
+
+def _awaited(rank: int, verdicts: dict[int, str], contents: dict[int, dict[str, Any]]) -> str:
+    """In which exchange another rank waits for this one."""
+    for other, content in contents.items():
+        exchange = content.get("exchange")
+        if exchange and other not in verdicts and rank in exchange["ranks"]:
+            return f"; rank {other} waits for it in {_exchange(exchange)}"
+    return ""
+
+
+def _exchange(summary: dict[str, Any]) -> str:
+    return place_text(summary["layer"], summary["phase"], summary["axis"], summary["ranks"])
 
 
 def _read_all(folder: Path, world_size: int) -> dict[int, dict[str, Any]]:

@@ -105,6 +105,7 @@ BREAKERS: dict[str, list[tuple[list[str], str]]] = {
     ],
     "wsd_phases_fit": [(["training.schedule={type: wsd, warmup_steps: 161}"], "training.schedule.decay_fraction")],
     "stop_lies_within_steps": [(["training.stop_after_step=201"], "training.stop_after_step")],
+    "traced_steps_lie_within_steps": [(["training.trace_steps=[1, 201]"], "training.trace_steps")],
     "kept_checkpoints_are_written": [
         (["training.checkpoint.keep_every=150"], "training.checkpoint.keep_every"),
         (["training.checkpoint={every: 0, keep_every: 5}"], "training.checkpoint.keep_every"),

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from megamoe.parallel.exchanges import Exchanges
 from megamoe.training import heartbeat
 from megamoe.training.heartbeat import Heartbeat, Pulse, beating
 
@@ -34,6 +35,23 @@ def test_the_file_follows_the_pulse(tmp_path: Path) -> None:
     assert second["since"] >= first["since"]
     assert second["step_seconds"] == {"last": 2.0, "median": 2.0}
     assert [path.name for path in (tmp_path / "heartbeats").iterdir()] == ["rank_00003.json"], "nothing half-written"
+
+
+def test_it_names_the_exchange_that_the_rank_stands_in(tmp_path: Path) -> None:
+    pulse = Pulse(Exchanges())
+    beats = Heartbeat(pulse, tmp_path, 0, NEVER)
+    pulse.enter("forward-backward", step=7)
+    with pulse.record.begin((3, "ep", (0, 2)), "combine 1/4", (0, 0), on_gpu=False):
+        beats.beat()
+        assert pulse.where() == "forward-backward of step 7, in block 3, combine 1/4 (ep ranks 0, 2)"
+    inside = heartbeat.read(tmp_path, 0)
+    beats.beat()
+    after = heartbeat.read(tmp_path, 0)
+    assert inside is not None
+    assert after is not None
+    assert inside["exchange"] == {"number": 1, "layer": 3, "axis": "ep", "phase": "combine 1/4", "ranks": [0, 2]}
+    assert after["exchange"] is None
+    assert pulse.where() == "forward-backward of step 7"
 
 
 def test_it_is_written_again_and_again_without_the_main_thread(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from megamoe.common.errors import EXIT_CODE
+from megamoe.parallel.exchanges import Exchanges
 from megamoe.testing.ranks import CPU_ONLY
 from megamoe.training.heartbeat import Heartbeat, Pulse
 from megamoe.training.watchdog import diagnosis
@@ -23,8 +24,19 @@ class Ranks:
     def __init__(self, folder: Path) -> None:
         self.folder, self.alive = folder, list[Heartbeat]()
 
-    def add(self, rank: int, phases: int = 4, ended: str | None = None, alive: bool = True) -> Heartbeat:
-        pulse = Pulse()
+    def add(
+        self,
+        rank: int,
+        phases: int = 4,
+        ended: str | None = None,
+        alive: bool = True,
+        stands_in: tuple[int, str] | None = None,
+    ) -> Heartbeat:
+        """`stands_in`: block and phase of an exchange between ranks 0 and 1."""
+        pulse = Pulse(Exchanges())
+        if stands_in is not None:
+            layer, phase = stands_in
+            pulse.record.waiting = pulse.record.begin((layer, "ep", (0, 1)), phase, (0, 0), on_gpu=False)
         for _ in range(phases):
             pulse.enter("data" if phases % 2 else "forward-backward", step=(phases + 1) // 2)
         pulse.ended = ended
@@ -103,6 +115,35 @@ def test_a_rank_without_a_file_and_more_than_fit(ranks: Ranks) -> None:
     found = diagnosis(ranks.folder, 0, 9)
     assert found.startswith("rank 1 has written no heartbeat; rank 2 ")
     assert found.endswith("; and 3 more ranks")
+
+
+def test_the_exchange_in_which_others_wait_for_a_dead_rank(ranks: Ranks) -> None:
+    """Also on a rank that is not in it, and where the rank that waits has ended meanwhile."""
+    lost = "LostPeerError: The run stands still"
+    ranks.add(0, ended=lost, alive=False, stands_in=(3, "combine backward"))
+    ranks.add(1, alive=False, stands_in=(2, "dispatch"))
+    ranks.add(2)
+    found = diagnosis(ranks.folder, 2, 3)
+    assert "no heartbeat for" in found
+    assert found.endswith(
+        "last in forward-backward of step 2, in block 2, dispatch (ep ranks 0, 1); "
+        "rank 0 waits for it in block 3, combine backward (ep ranks 0, 1)"
+    )
+
+
+def test_a_living_rank_that_does_not_come_to_an_exchange(ranks: Ranks) -> None:
+    ranks.add(0, stands_in=(3, "combine 2/4"))
+    ranks.add(1)
+    found = diagnosis(ranks.folder, 0, 2)
+    assert found.startswith("rank 1 on ")
+    assert "does not come to an exchange, last in forward-backward of step 2; rank 0 waits for it in block 3," in found
+    assert "combine 2/4 (ep ranks 0, 1)" in found
+
+
+def test_nobody_is_blamed_where_all_stand_in_the_exchange(ranks: Ranks) -> None:
+    for rank in range(2):
+        ranks.add(rank, stands_in=(3, "dispatch"))
+    assert diagnosis(ranks.folder, 0, 2).startswith("all 2 ranks are alive and stand in ")
 
 
 STANDS = """if True:
