@@ -27,10 +27,11 @@ class OpsConfig(Section):
         "auto",
         description="Scores of linear routers and of the resonance router's cosine mode, in fp32.",
     )
-    expert_ffn: Literal["auto", "reference", "blocked", "grouped_mm", "fused"] = Field(
+    expert_ffn: Literal["auto", "reference", "blocked", "grouped_mm", "fused", "by_source"] = Field(
         "auto",
         description="Feed-forward of the experts: plain loop, blocked loop (CPU), torch's grouped_mm in plain "
-        "autograd, or grouped_mm with the activation between the products as one op each way (GPU).",
+        "autograd, or grouped_mm with the activation between the products as one op each way (GPU). by_source: each "
+        "rank's rows by themselves, for training.rank_invariant.",
     )
     grap_affinity: Literal["auto", "reference", "sliced", "kernels"] = Field(
         "auto",

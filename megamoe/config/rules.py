@@ -15,6 +15,7 @@ from megamoe.config.derive import head_size, num_kv_heads
 from megamoe.config.moe_rules import MOE_RULES
 from megamoe.config.parallel_rules import PARALLEL_RULES
 from megamoe.config.problems import Problem, raise_all
+from megamoe.config.rank_rules import RANK_RULES
 from megamoe.config.run import RunConfig
 
 Rule = Callable[[RunConfig], Iterator[Problem]]
@@ -158,6 +159,7 @@ def extra_leaves_our_keys(config: RunConfig) -> Iterator[Problem]:
 RULES: tuple[Rule, ...] = (
     *MOE_RULES,
     *PARALLEL_RULES,
+    *RANK_RULES,
     heads_divide_hidden_size,
     head_size_is_even,
     kv_heads_divide_heads,

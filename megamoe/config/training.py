@@ -94,6 +94,12 @@ class TrainingConfig(Section):
         description="Weights and activations; bf16 keeps fp32 masters. fp64: everything, slowly, for proofs that two "
         "layouts train the same model (needs zero_stage 0 and adamw).",
     )
+    rank_invariant: bool = Field(
+        False,
+        description="The same bits on any number of data- and expert-parallel ranks (fp32, the same number of threads "
+        "on each): every rank's rows are worked on by themselves, gradients are added up in fp64. Slower; see "
+        "configs/parallel/rank_invariant.yaml.",
+    )
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = Field(default_factory=ScheduleConfig)
     trainable: Annotated[tuple[str, ...], Strict(False)] = Field(

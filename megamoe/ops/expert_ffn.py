@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megamoe.ops.expert_ffn_blocked import BLOCKED, blocked
+from megamoe.ops.expert_ffn_by_source import by_source
 from megamoe.ops.expert_ffn_fused import FUSED, fused
 from megamoe.ops.expert_ffn_later import Split
 from megamoe.ops.registry import Implementation, Op
@@ -79,6 +80,7 @@ EXPERT_FFN: Op[ExpertFFN] = Op(
     Implementation("grouped_mm", grouped_mm, _needs_grouped_mm, _slow_on_cpu),
     Implementation("blocked", blocked),
     Implementation("reference", reference),
+    Implementation("by_source", by_source),
 )
 # The same choice as above, of those that can take some experts at a time.
 EXPERT_FFN_SPLIT: Op[Split] = Op(

@@ -26,6 +26,7 @@ from megamoe.moe.marker import is_expert
 from megamoe.moe.routers.base import Router
 from megamoe.parallel.groups import Groups
 from megamoe.parallel.mpu import ModelParallelUnit
+from megamoe.training.exact_sums import GradientSums
 from megamoe.training.grad_norm import clip_gradients
 from megamoe.training.optimizer import parameter_groups, set_lr
 from megamoe.training.workarounds import (
@@ -77,6 +78,7 @@ class Engine:
         if config.training.precision == "fp64":
             reduce_in_fp64(self._engine)
         norm_of_experts_alone(self._engine.optimizer)
+        self._sums = self._exact_sums(model)
         self._move_momentum = momentum_held_back(self._engine.optimizer)
         # The engine writes curves of its own over samples; Weights & Biases then refuses ours, which are over steps.
         self._monitor, self._engine.monitor = self._engine.monitor, SimpleNamespace(enabled=False)
@@ -120,6 +122,8 @@ class Engine:
         self._accept, self._accepted = accept, None
         for number, batch in enumerate(batches, start=1):
             observe(self._micro_step(batch, last=number == len(batches)))
+        if self._sums is not None:
+            self._sums.give()
         before_step()
         return self._optimizer_step(lr_factor)
 
@@ -127,6 +131,8 @@ class Engine:
         self._engine.set_gradient_accumulation_boundary(last)
         output: ModelOutput = self._engine(*batch)
         self._engine.backward(output.loss)
+        if self._sums is not None:
+            self._sums.take()
         return output
 
     def _optimizer_step(self, lr_factor: float) -> float:
@@ -263,6 +269,12 @@ class Engine:
         self._clipped_norm = clip_gradients(
             self._engine.module.parameters(), self.config.training.gradient_clipping, self.groups
         )
+
+    def _exact_sums(self, model: Decoder) -> GradientSums | None:
+        if not self.config.training.rank_invariant:
+            return None
+        self._engine.enable_backward_allreduce = False
+        return GradientSums(model.parameters(), self.groups)
 
     def _check_moe_seen(self, model: nn.Module) -> None:
         has_experts = any(is_expert(parameter) for parameter in model.parameters())

@@ -162,7 +162,8 @@ def on_host(values: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _add(into: dict[str, Tensor], name: str, value: Tensor) -> None:
-    value = value.detach()
+    # In fp64, where the order of micro-batches and ranks does not matter to what training goes on with.
+    value = value.detach().double()
     into[name] = into[name] + value if name in into else value
 
 

@@ -74,4 +74,6 @@ def _build(name: str, link: Link | None, ops: OpsConfig, chunks: int, nodes: Nod
         return _BETWEEN_AND_INSIDE[name](nodes.nodes, between, inside, ops)
     if chunks > 1 and name in ("auto", "padded", "all_to_all"):
         return ChunkedDispatcher(link, ops, chunks, padded=name != "all_to_all")
+    if ops.expert_ffn == "by_source":  # who keeps rows of different ranks apart
+        name = "all_to_all"
     return _OVER_ONE_GROUP[name](link, ops)

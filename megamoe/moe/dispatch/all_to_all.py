@@ -25,6 +25,7 @@ class AllToAllDispatcher(Dispatcher):
 
     def __init__(self, link: Link, ops: OpsConfig = DEFAULT) -> None:
         self.link, self.ops, self.num_ranks = link, ops, link.num_ranks
+        self.by_source = ops.expert_ffn == "by_source"
 
     def dispatch(self, rows_TD: Tensor, plan: RoutingPlan) -> tuple[Tensor, Tensor, DispatchHandle]:
         sent_PL = plan.rows_per_expert_E.view(self.num_ranks, -1)
@@ -37,7 +38,7 @@ class AllToAllDispatcher(Dispatcher):
         )
         sent_bytes = self._sent_bytes(splits, rows_TD, plan)
         handle = DispatchHandle(arrival.weights_R, plan, rows_TD.shape[0], arrival.journey, sent_bytes)
-        return arrival.rows_RD, arrival.rows_per_expert_L, handle
+        return arrival.rows_RD, received_PL.t() if self.by_source else arrival.rows_per_expert_L, handle
 
     def combine(self, rows_RD: Tensor, handle: DispatchHandle) -> Tensor:
         journey: Journey = handle.state

@@ -49,7 +49,7 @@ class Dispatcher(ABC):
         Returns:
             rows_RD: received rows, grouped by local expert, inside a group by source rank and then by token; those
                 from the sum of `rows_per_expert_L` on are nobody's.
-            rows_per_expert_L: int64 [L], summing to R or less.
+            rows_per_expert_L: int64 [L], summing to R or less; or [L, P] by source rank, for experts who ask for that.
             handle: for `combine`; carries the gate weights of the received rows.
         """
 

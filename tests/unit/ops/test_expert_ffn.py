@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megamoe.ops.expert_ffn import EXPERT_FFN, ExpertFFN, blocked, grouped_mm, reference
+from megamoe.ops.expert_ffn import EXPERT_FFN, ExpertFFN, blocked, by_source, grouped_mm, reference
 from megamoe.testing import assert_close, assert_equal_bits, max_rel_error
 
 WIDTH, FFN = 16, 24
@@ -16,7 +16,7 @@ COUNTS = {
     "one expert": [6],
 }
 NAMES = ("rows", "weights", "w1", "w2", "w3")
-IMPLEMENTATIONS = pytest.mark.parametrize("ffn", [blocked, grouped_mm], ids=lambda f: f.__name__)
+IMPLEMENTATIONS = pytest.mark.parametrize("ffn", [blocked, by_source, grouped_mm], ids=lambda f: f.__name__)
 
 
 def case(counts: list[int], dtype: torch.dtype) -> list[Tensor]:
