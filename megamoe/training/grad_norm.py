@@ -25,11 +25,13 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float, groups: 
         The norm before clipping, fp32 scalar; fp64 where gradients are.
     """
     gradients = [(_spread_over(p), p.grad) for p in parameters if p.grad is not None]
-    zero = at_least_fp32(gradients[0][1]).new_zeros(()) if gradients else torch.zeros(())
+    like = at_least_fp32(gradients[0][1]) if gradients else torch.zeros(())
+    # In fp64, so that the norm does not depend on how the parameters are spread.
+    zero = like.new_zeros((), dtype=torch.float64)
     whole, tp, experts = (_squared_norm([g for s, g in gradients if s == kind], zero) for kind in ("", "tp", "experts"))
     all_reduce_sum(tp, groups.tp.handle)
     all_reduce_sum(experts, groups.experts.handle)
-    norm = all_reduce_sum(whole + tp + experts, groups.pp.handle).sqrt()
+    norm = all_reduce_sum(whole + tp + experts, groups.pp.handle).sqrt().to(like.dtype)
     if max_norm > 0:
         scale = (max_norm / (norm + 1e-6)).clamp_max(1.0)
         for _, gradient in gradients:
@@ -47,4 +49,5 @@ def _spread_over(parameter: nn.Parameter) -> str:
 
 
 def _squared_norm(gradients: list[Tensor], zero: Tensor) -> Tensor:
-    return torch.stack([zero, *(at_least_fp32(g).square().sum() for g in gradients)]).sum()
+    norms = [torch.linalg.vector_norm(g, dtype=zero.dtype) for g in gradients]
+    return torch.stack([zero, *norms]).square().sum()

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 
 from megamoe.training.checkpoint import folder as folders
-from megamoe.training.checkpoint.reader import CheckpointReader
+from megamoe.training.checkpoint.reader import Reader
 
 ROUTERS, RANKS = ("topk", "resonance"), (1, 2, 4)
-SERIES = ("loss", "cross_entropy", "grad_norm")
+SERIES = ("loss", "cross_entropy", "gradient_norm")
 
 
 def series(run: Path) -> dict[str, list[float]]:
@@ -28,8 +28,8 @@ def series(run: Path) -> dict[str, list[float]]:
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
-    reader = CheckpointReader(folders.complete(run / "checkpoints")[-1])
-    return {name: reader.read(name) for name in reader.names()}
+    reader = Reader(folders.complete(run)[-1])
+    return {name: reader.read(name) for name in reader.index.tensors}
 
 
 def main() -> None:
@@ -62,7 +62,7 @@ def report(rows: list[str]) -> str:
         [
             "# The tiny recipe on one rank, two and four, to the bit",
             "",
-            "Numbers that have the bits of the run on one rank; the tensors are weights, both moments of Adam and running "
+            "Numbers that have the bits of the run on one rank; the tensors are weights, both moments of Adam and running",
             "statistics.",
             "",
             "- command: bash configs/reproduce/tiny/run.sh (`training.rank_invariant`, fp32, OMP_NUM_THREADS=1)",
