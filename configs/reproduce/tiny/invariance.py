@@ -62,8 +62,8 @@ def report(rows: list[str]) -> str:
         [
             "# The tiny recipe on one rank, two and four, to the bit",
             "",
-            "Numbers that have the bits of the run on one rank; the tensors are weights, both moments of Adam and running",
-            "statistics.",
+            "Numbers that have the bits of the run on one rank; the tensors are weights, both moments of Adam and",
+            "running statistics.",
             "",
             "- command: bash configs/reproduce/tiny/run.sh (`training.rank_invariant`, fp32, OMP_NUM_THREADS=1)",
             f"- torch {torch.__version__}, Python {platform.python_version()}, {platform.machine()}",
