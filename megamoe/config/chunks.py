@@ -100,9 +100,22 @@ def best(layer: Layer, rates: Rates, most: int) -> int:
     return min(range(1, most + 1), key=lambda chunks: seconds(layer, rates, chunks))
 
 
+def obstacle(config: RunConfig) -> tuple[str, tuple[str, ...]] | None:
+    """Why rows cannot go in chunks, and the fields that it rests on; None: they can."""
+    moe, parallel, ffn = config.moe, config.parallel, config.ops.expert_ffn
+    if moe.dispatcher not in ("auto", "padded", "all_to_all"):
+        return f"an exchange that goes in chunks, which {moe.dispatcher} does not", ("moe.dispatcher",)
+    if parallel.ep == 1 or parallel.etp > 1:
+        what = f"experts on other ranks, whole ones (parallel.ep {parallel.ep}, etp {parallel.etp})"
+        return what, ("parallel.ep", "parallel.etp")
+    if ffn in ("reference", "grouped_mm", "by_source"):
+        return f"weight gradients that can wait, which {ffn} has not", ("ops.expert_ffn",)
+    return None
+
+
 def best_for(config: RunConfig, on_gpu: bool, ranks_per_node: int) -> int:
     """`moe.chunks: auto`: by the rates above. 1 on CPUs, where the processors that compute carry the rows as well."""
-    if not on_gpu or config.parallel.ep == 1 or config.parallel.etp > 1:
+    if not on_gpu or obstacle(config) is not None:
         return 1
     rates = ON_ONE_NODE if config.parallel.ep <= ranks_per_node else BETWEEN_NODES  # its ranks are consecutive ones
     return best(layer_of(config), rates, derive.experts_per_rank(config))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from megamoe.config import derive
+from megamoe.config.chunks import obstacle
 from megamoe.config.problems import Problem, nearest_divisor, nearest_multiple
 from megamoe.config.routers import (
     BalancedRouterConfig,
@@ -80,16 +81,14 @@ def padded_dispatch_needs_a_capacity(config: RunConfig) -> Iterator[Problem]:
 
 def groupwise_dispatch_has_groups(config: RunConfig) -> Iterator[Problem]:
     parallel = config.parallel
-    experts, tp = parallel.ep * parallel.etp, parallel.tp
-    if config.moe.dispatcher != "groupwise":
+    ep, tp, etp = parallel.ep, parallel.tp, parallel.etp
+    if config.moe.dispatcher != "groupwise" or ep == 1:
         return
-    if tp == 1:
-        what = "groupwise exchanges inside tensor-parallel groups, but parallel.tp is 1; use deduplicated"
-        yield Problem("moe.dispatcher", what, ("parallel.tp",))
-    elif experts % tp and tp % experts:
+    # The ranks of an expert-parallel group are etp apart.
+    if tp <= etp or tp % etp or ep % (tp // etp):
         what = (
-            f"groupwise needs whole tensor-parallel groups, but {tp} (parallel.tp) does not divide the {experts} ranks "
-            "of parallel.ep times etp; use deduplicated"
+            f"groupwise needs as many ranks of an expert-parallel group in every tensor-parallel group, and more than "
+            f"one; parallel.ep {ep}, tp {tp}, etp {etp} have not (tp / etp must divide ep); use deduplicated"
         )
         yield Problem("moe.dispatcher", what, ("parallel.tp", "parallel.ep", "parallel.etp"))
 
@@ -109,17 +108,9 @@ def chunks_are_of_experts(config: RunConfig) -> Iterator[Problem]:
     if chunks == "auto" or chunks == 1:
         return
     held = config.moe.num_experts // parallel.ep
-    if config.moe.dispatcher not in ("auto", "padded", "all_to_all"):
-        what = f"{chunks} needs an exchange that goes in chunks, which {config.moe.dispatcher} does not; use auto or 1"
-        yield Problem("moe.chunks", what, ("moe.dispatcher",))
-    elif parallel.ep == 1 or parallel.etp > 1:
-        what = (
-            f"{chunks} needs experts on other ranks, whole ones (parallel.ep {parallel.ep}, etp {parallel.etp}); use 1"
-        )
-        yield Problem("moe.chunks", what, ("parallel.ep", "parallel.etp"))
-    elif config.ops.expert_ffn in ("reference", "grouped_mm", "by_source"):
-        what = f"{chunks} needs weight gradients that can wait, which {config.ops.expert_ffn} has not; use 1"
-        yield Problem("moe.chunks", what, ("ops.expert_ffn",))
+    if (found := obstacle(config)) is not None:
+        missing, related = found
+        yield Problem("moe.chunks", f"{chunks} needs {missing}; use 1", related)
     elif chunks > held:
         what = f"{chunks} chunks of {held} experts on a rank (moe.num_experts over parallel.ep); use at most {held}"
         yield Problem("moe.chunks", what, ("moe.num_experts", "parallel.ep"))

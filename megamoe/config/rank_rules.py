@@ -40,6 +40,9 @@ def _obstacles(config: RunConfig) -> Iterator[tuple[str, object, str, str]]:
         yield "moe.broadcast", "broadcasting", "null", "broadcast rows of all sources are worked on together"
     if isinstance(moe.router, ResonanceRouterConfig) and moe.router.scope == "ep_group":
         yield "moe.router.scope", "ep_group", "micro_batch", "experts would choose among the tokens of more ranks"
+    if training.frozen or training.trainable != ("*",):
+        path = "training.frozen" if training.frozen else "training.trainable"
+        yield path, "a part of the weights", "all of them", "it is made for training from the beginning"
     if config.finetune is not None:
         yield "finetune", "fine-tuning", "pretraining", "its loss is a mean over the labels of all ranks"
     micro_batches = training.global_batch_size // training.micro_batch_size

@@ -8,10 +8,12 @@ Convention, for a group of P ranks: a collective sends what a rank has to hand t
 
 `testing/traffic.py` counts the same of what runs. Left out are messages of a few bytes (norms, flags, losses, metrics),
 what happens in the first step only (shapes, traces), evaluation and checkpoints. Everything is exact where all weights
-are trained with AdamW, but for three things that no configuration says:
+are trained with AdamW, but for what no configuration says:
 
 - Rows to experts: as if every expert got as many. With a capacity it bounds them, and padded exchanges hold exactly
   that; a bound that follows training, a threshold and broadcasting only lower it.
+- Rows that travel once to a rank: as if every set of K experts were as likely; nodes as if they held 8 ranks.
+- Rows that are pushed: as if they were padded.
 - ZeRO-3 keeps weights between forward and backward pass as long as its limit of reuse allows.
 - Muon sends matrices besides.
 """
@@ -204,7 +206,7 @@ class _Stage:
         """Where a token goes once to a rank. As if none were broadcast, which reach all ranks."""
         moe, parallel = self.config.moe, self.parallel
         name: Literal["deduplicated", "hierarchical", "groupwise"] = moe.dispatcher  # type: ignore[assignment]
-        together = {"deduplicated": 1, "hierarchical": PER_NODE, "groupwise": parallel.tp}[name]
+        together = {"deduplicated": 1, "hierarchical": PER_NODE, "groupwise": parallel.tp // parallel.etp}[name]
         spread = Spread(moe.num_experts, moe.top_k, parallel.ep, parallel.ep, math.gcd(together, parallel.ep))
         sent, _, _ = self._assignments
         tokens = round(sent / moe.top_k)

@@ -96,8 +96,8 @@ class TrainingConfig(Section):
     )
     rank_invariant: bool = Field(
         False,
-        description="The same bits on any number of data- and expert-parallel ranks (fp32, the same number of threads "
-        "on each): every rank's rows are worked on by themselves, gradients are added up in fp64. Slower; see "
+        description="On CPUs, the same bits on any number of data- and expert-parallel ranks (fp32, the same number of "
+        "threads on each): every rank's rows are worked on by themselves, gradients are added up in fp64. Slower; see "
         "configs/parallel/rank_invariant.yaml.",
     )
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)

@@ -28,9 +28,24 @@ class NodeGroups:
     """The Q ranks on this rank's node."""
 
 
-def consecutive(world_size: int, per_node: int) -> tuple[int, ...]:
-    """The map of nodes that hold equally many consecutive ranks, as launchers place them."""
-    return tuple(rank // per_node for rank in range(world_size))
+def node_map(sizes: Sequence[int], hosts: Sequence[str]) -> NodeMap:
+    """By what every rank knows of itself.
+
+    Launchers place the ranks of a node one after the other, so the first ranks are on one node, as many as there are,
+    and so on; several nodes may be simulated on one machine. Where that does not fit: by the names of the machines.
+
+    Args:
+        sizes: of every rank, how many ranks there are on its node.
+        hosts: name of every rank's machine.
+    """
+    node_of: list[int] = []
+    while len(node_of) < len(sizes):
+        first = len(node_of)
+        ranks = range(first, min(first + sizes[first], len(sizes)))
+        if len({(sizes[rank], hosts[rank]) for rank in ranks}) > 1 or len(ranks) < sizes[first]:
+            return tuple(hosts)
+        node_of += [first] * len(ranks)
+    return tuple(node_of)
 
 
 def tensor_parallel_groups(topology: Topology) -> tuple[int, ...]:

@@ -115,7 +115,9 @@ class Plan:
         nodes = "1 node" if self.cluster.nodes == 1 else f"{self.cluster.nodes} nodes"
         over = f"ep {place.ranks}" + (f" over {place.nodes} nodes" if place.nodes > 1 else "")
         chunks = "not chunked" if way.chunks == 1 else f"{way.chunks} chunks"
-        named = config.moe.dispatcher if config.moe.dispatcher not in (*WAYS, "auto") else way.name
+        named = way.name
+        if config.moe.dispatcher in ("push", "groupwise"):
+            named = f"{config.moe.dispatcher} (not modelled, planned as {way.name})"
         return f"{ranks} on {nodes}, {over}, {named}, {chunks}"
 
     @staticmethod

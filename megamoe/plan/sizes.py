@@ -13,7 +13,7 @@ from megamoe.config.rules import check_world_size
 from megamoe.config.run import RunConfig
 from megamoe.config.traffic import capacity
 from megamoe.parallel.topology import Topology
-from megamoe.plan.exchange import IN_CHUNKS, WAYS, Place
+from megamoe.plan.exchange import WAYS, Place
 from megamoe.plan.layer import LayerSize
 from megamoe.plan.rates import BETWEEN, INSIDE
 
@@ -114,10 +114,8 @@ class Cluster:
 
     def chunks(self) -> int:
         """Chunks in which a run with this configuration exchanges rows."""
-        if self.way not in IN_CHUNKS:
-            return 1
-        configured: int | str = self.config.moe.chunks
-        if isinstance(configured, int):
+        configured = self.config.moe.chunks
+        if configured != "auto":
             return configured
         return chunks.best_for(self.config, self.hardware.launch.ahead, self.hardware.ranks_per_node)
 

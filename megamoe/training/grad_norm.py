@@ -26,7 +26,7 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float, groups: 
     """
     gradients = [(_spread_over(p), p.grad) for p in parameters if p.grad is not None]
     like = at_least_fp32(gradients[0][1]) if gradients else torch.zeros(())
-    # In fp64, so that the norm does not depend on how the parameters are spread.
+    # In fp64, so that how parameters are spread does not show but where a sum lies at an edge of fp32's rounding.
     zero = like.new_zeros((), dtype=torch.float64)
     whole, tp, experts = (_squared_norm([g for s, g in gradients if s == kind], zero) for kind in ("", "tp", "experts"))
     all_reduce_sum(tp, groups.tp.handle)

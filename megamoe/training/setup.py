@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -16,9 +17,10 @@ from megamoe.config.chunks import best_for
 from megamoe.config.parallel import ParallelConfig
 from megamoe.config.run import RunConfig
 from megamoe.moe.placement import ExpertParallel, Placement
+from megamoe.parallel import collectives
 from megamoe.parallel.axis import axis_of
 from megamoe.parallel.groups import Groups, build_groups
-from megamoe.parallel.nodes import NodeGroups, build_node_groups, consecutive, tensor_parallel_groups
+from megamoe.parallel.nodes import NodeGroups, NodeMap, build_node_groups, node_map, tensor_parallel_groups
 from megamoe.parallel.topology import Topology
 
 # What gloo says when a peer is gone or late; it has no exception type of its own.
@@ -83,40 +85,37 @@ def is_lost_peer(error: RuntimeError) -> bool:
 
 
 def placement(runtime: Runtime, config: RunConfig) -> Placement:
-    """This rank's place in its pipeline stage. Nodes hold equally many consecutive ranks, as launchers place them.
-
-    Collective.
+    """This rank's place in its pipeline stage. Collective.
 
     Where a micro-batch is spread over nodes, the node of its first rank is its own: what routers know about nodes is
     the same on all of its ranks, and so is what they learn from it.
     """
-    groups, per_node = runtime.groups, env.local_world_size()
-    ep = groups.ep
-    home = groups.micro_batch.ranks[0] // per_node
-    node = tuple(place for place, rank in enumerate(ep.ranks) if rank // per_node == home)
+    groups, ep = runtime.groups, runtime.groups.ep
+    # From all ranks, so that all decide the same: each knows only how many there are on its own node.
+    told = collectives.gather_objects((env.local_world_size(), socket.gethostname()))
+    node_of = node_map(*zip(*told, strict=True))
+    home = node_of[groups.micro_batch.ranks[0]]
+    node = tuple(place for place, rank in enumerate(ep.ranks) if node_of[rank] == home)
     etp, tokens = axis_of(groups.etp), axis_of(groups.micro_batch)
-    nodes, chunks = _node_groups(runtime, config, per_node), _chunks(runtime, config, per_node)
+    nodes, chunks = _node_groups(runtime, config, node_of), _chunks(runtime, config, min(size for size, _ in told))
     experts = ExpertParallel(ep.size, ep.place, ep.handle, node, etp, tokens, nodes, chunks)
     return Placement(experts, axis_of(groups.tp), axis_of(groups.cp))
 
 
-def _node_groups(runtime: Runtime, config: RunConfig, per_node: int) -> NodeGroups | None:
+def _node_groups(runtime: Runtime, config: RunConfig, node_of: NodeMap) -> NodeGroups | None:
     """The groups of dispatchers that go between nodes and then inside them."""
     topology, limit = runtime.groups.topology, timedelta(minutes=config.training.timeout_minutes)
     if config.moe.dispatcher == "groupwise":
         return build_node_groups(topology.groups("ep"), tensor_parallel_groups(topology), limit)
     if config.moe.dispatcher == "hierarchical":
-        return build_node_groups(topology.groups("ep"), consecutive(runtime.world_size, per_node), limit)
+        return build_node_groups(topology.groups("ep"), node_of, limit)
     return None
 
 
 def _chunks(runtime: Runtime, config: RunConfig, per_node: int) -> int:
-    """`moe.chunks`, or what the model of the costs says where the exchange can go in chunks."""
-    moe = config.moe
-    if moe.chunks != "auto":
-        return moe.chunks
-    if moe.dispatcher not in ("auto", "padded", "all_to_all") or config.ops.expert_ffn == "by_source":
-        return 1
+    """`moe.chunks`, or what the model of the costs says."""
+    if config.moe.chunks != "auto":
+        return config.moe.chunks
     return best_for(config, runtime.device.type == "cuda", per_node)
 
 

@@ -95,9 +95,10 @@ def test_the_configuration_chooses(overrides: tuple[str, ...], expected: tuple[s
 
 
 def refusal(overrides: tuple[str, ...], per_node: int) -> str:
-    os.environ["LOCAL_WORLD_SIZE"] = str(per_node)
+    rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    os.environ["LOCAL_WORLD_SIZE"] = str(min(per_node, ranks - rank // per_node * per_node))
     config = tiny_config(*overrides)
-    groups = build_groups(topology_of(config.parallel, int(os.environ["WORLD_SIZE"])))
+    groups = build_groups(topology_of(config.parallel, ranks))
     try:
         placement(Runtime(groups.rank, groups.topology.world_size, parity.CPU, groups), config)
     except TopologyError as error:
@@ -107,4 +108,4 @@ def refusal(overrides: tuple[str, ...], per_node: int) -> str:
 
 def test_uneven_nodes_are_refused_on_every_rank() -> None:
     messages = run_ranks(refusal, 3, ("parallel.ep=3", "moe.num_experts=6", "moe.dispatcher=hierarchical"), 2)
-    assert all("equally many ranks" in message and "0: 0 1; 1: 2" in message for message in messages), messages
+    assert all("equally many ranks" in message and "0: 0 1; 2: 2" in message for message in messages), messages

@@ -28,12 +28,17 @@ from megamoe.ops.plan import plan_rows
 from megamoe.parallel.axis import axis_of
 from megamoe.parallel.groups import ProcessGroup, build_groups
 from megamoe.parallel.link import Link, Transfer
-from megamoe.parallel.nodes import build_node_groups, consecutive, tensor_parallel_groups
+from megamoe.parallel.nodes import build_node_groups, tensor_parallel_groups
 from megamoe.parallel.topology import Topology
 from megamoe.testing import assert_close, assert_equal_bits, run_ranks
 from megamoe.testing.waits import Waits
 
 RANKS, EXPERTS, WIDTH, FFN = 4, 8, 16, 8
+
+
+def blocks(ranks: int, per_node: int) -> tuple[int, ...]:
+    """A map of ranks to nodes."""
+    return tuple(rank // per_node for rank in range(ranks))
 
 
 def drawn(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -96,10 +101,10 @@ def ways(ranks: int = RANKS) -> dict[str, Way]:
             found[f"{kind.name}, ep {ep}"] = Way(ep, partial(_on_a_group, kind, group))
     whole, tp = Topology(ranks, ep=4), Topology(ranks, tp=2, ep=4)
     return found | {
-        "hierarchical, 2 x 2": nodes_of(HierarchicalDispatcher, whole, consecutive(ranks, 2)),
+        "hierarchical, 2 x 2": nodes_of(HierarchicalDispatcher, whole, blocks(ranks, 2)),
         "hierarchical, 2 x 2 in turn": nodes_of(HierarchicalDispatcher, whole, half),
-        "hierarchical, 4 x 1": nodes_of(HierarchicalDispatcher, whole, consecutive(ranks, 1)),
-        "hierarchical, 1 x 4": nodes_of(HierarchicalDispatcher, whole, consecutive(ranks, 4)),
+        "hierarchical, 4 x 1": nodes_of(HierarchicalDispatcher, whole, blocks(ranks, 1)),
+        "hierarchical, 1 x 4": nodes_of(HierarchicalDispatcher, whole, blocks(ranks, 4)),
         "hierarchical, 2 x 1": nodes_of(HierarchicalDispatcher, Topology(ranks, ep=2), half),
         "groupwise, tp 2": nodes_of(GroupwiseDispatcher, tp, tensor_parallel_groups(tp)),
     }
@@ -418,7 +423,7 @@ def one_of_eight() -> dict[str, dict[str, ByLink]]:
     kinds: dict[str, Build] = {
         "all_to_all": partial(_on_a_group, AllToAllDispatcher, group),
         "deduplicated": partial(_on_a_group, DeduplicatedDispatcher, group),
-        "hierarchical": nodes_of(HierarchicalDispatcher, tp, consecutive(LARGE, PER_NODE)).build,
+        "hierarchical": nodes_of(HierarchicalDispatcher, tp, blocks(LARGE, PER_NODE)).build,
         "groupwise": nodes_of(GroupwiseDispatcher, tp, tensor_parallel_groups(tp)).build,
     }
     experts_TK = drawn(TOKENS, MANY, seed=rank).argsort(1)[:, :TOP_K]

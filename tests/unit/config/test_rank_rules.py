@@ -20,6 +20,8 @@ BREAKERS = {
     "moe.router={type: resonance, scope: ep_group}": "moe.router.scope",
     "training.global_batch_size=24": "training.global_batch_size",
     "training.rank_invariant=false": "ops.expert_ffn",
+    "training.frozen=[embedding.weight]": "training.frozen",
+    "training.trainable=['*.experts.*']": "training.trainable",
     FINETUNE: "finetune",
 }
 
