@@ -22,43 +22,12 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
+from megamoe.parallel.moments import Clock, Moment, now
+
 KEPT = 512
 """Of the last exchanges, for whoever asks what happened before a failure."""
 BACKWARD = "backward"
 """In the phase of every exchange of gradients."""
-
-Moment = float | torch.cuda.Event
-"""`time.perf_counter` of this process, or when a stream gets there."""
-
-
-def now(on_gpu: bool) -> Moment:
-    """This moment, on a GPU of the current stream."""
-    if not on_gpu:
-        return time.perf_counter()
-    event = torch.cuda.Event(enable_timing=True)
-    event.record()
-    return event
-
-
-class Clock:
-    """Turns moments into seconds of this process's `time.perf_counter`. Made when the device has nothing to do.
-
-    Attributes:
-        on_gpu: whose moments are events.
-        host, wall: this moment by `time.perf_counter` and by `time.time`.
-    """
-
-    def __init__(self, on_gpu: bool) -> None:
-        self.on_gpu, self._origin = on_gpu, now(on_gpu)
-        self.host, self.wall = time.perf_counter(), time.time()
-
-    def seconds(self, moment: Moment | None) -> float | None:
-        """None: not yet come, or not known."""
-        if moment is None or isinstance(moment, float):
-            return moment
-        if isinstance(self._origin, float) or not (self._origin.query() and moment.query()):
-            return None
-        return self.host + self._origin.elapsed_time(moment) / 1e3
 
 
 class Exchange:
@@ -116,8 +85,23 @@ class Exchange:
         with contextlib.suppress(RuntimeError, NotImplementedError):  # not every backend has one
             work.get_future().add_done_callback(self._on_arrival)
 
-    def _on_arrival(self, _: Any) -> None:
-        self.arrived = time.perf_counter()
+    def _on_arrival(self, future: Any) -> None:
+        at = time.perf_counter()
+        with contextlib.suppress(Exception):  # the wait for it says so
+            future.value()
+            self.arrived = at
+
+    @contextlib.contextmanager
+    def launching(self) -> Iterator[None]:
+        """Around the call in which the backend takes it over. It may fail there as in the wait, and be told alike."""
+        self._record.waiting = self
+        try:
+            yield
+        except BaseException as error:
+            self._fail(error)
+            raise
+        self.launch()
+        self._record.waiting = None
 
     def __enter__(self) -> None:
         self._record.waiting = self
@@ -126,22 +110,37 @@ class Exchange:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Where the exchange failed, it stays the one that is waited for, and the error says which it was."""
-        if error is None:
-            self.resumed = now(self._on_gpu)
-            self.arrived = self.resumed if self.arrived is None else self.arrived
-            self._record.waiting = None
+        if error is not None:
+            self._fail(error)
             return
+        self.resumed = now(self._on_gpu)
+        self.arrived = self.resumed if self.arrived is None else self.arrived
+        self._record.waiting = None
+
+    def _fail(self, error: BaseException) -> None:
+        """It stays the one that is waited for, and the error says which it was."""
         self.arrived = None
         if isinstance(error, RuntimeError):
             raise type(error)(f"{self}: {error}") from error
 
+    def pending(self) -> bool:
+        """Whether a stream of a GPU has to wait for it, or will have to.
+
+        Raises:
+            RuntimeError: the device has failed.
+        """
+        return not (self.resumed is None or isinstance(self.resumed, float) or self.resumed.query())
+
     def moments(self, clock: Clock) -> tuple[float, float, float, float, float] | None:
         """Seconds at which it began, was launched, arrived, was waited for and let the computation go on; None: nobody
         has waited for it."""
-        found = self.began, self.launched or self.began, self.arrived, self.waited, self.resumed
-        if clock.on_gpu:
-            found = tuple(map(clock.seconds, found))  # type: ignore[assignment]
+        resumed = clock.seconds(self.resumed)
+        if resumed is None:  # the others need not be asked for
+            return None
+        began, waited = clock.seconds(self.began), clock.seconds(self.waited)
+        arrived = resumed if self.arrived is self.resumed else clock.seconds(self.arrived)
+        launched = began if self.launched is None else clock.seconds(self.launched)
+        found = began, launched, arrived, waited, resumed
         return None if None in found else found  # type: ignore[return-value]
 
     def summary(self) -> dict[str, Any]:
@@ -281,13 +280,13 @@ class Exchanges:
 
     def under_way(self) -> Exchange | None:
         """The exchange that the computation waits for, as any thread sees it; on a GPU the first that has not arrived,
-        whether or not anything waits for it already."""
+        whether or not anything waits for it already. None: there is none, or a device that failed does not tell."""
         if self.waiting is not None:
             return self.waiting
-        for exchange in tuple(self.recent):
-            if isinstance(exchange.resumed, torch.cuda.Event) and not exchange.resumed.query():
-                return exchange
-        return None
+        try:
+            return next((exchange for exchange in tuple(self.recent) if exchange.pending()), None)
+        except RuntimeError:
+            return None
 
     def clock(self) -> Clock:
         """Of the step under way, or the last one."""

@@ -53,6 +53,9 @@ class Link:
             rows: [N, ...], by the rank that they go to.
             send, receive: rows to and from each of the P ranks; None: equally many.
             phase: what the exchange is for, as "dispatch"; with the word backward where it carries gradients.
+
+        Raises:
+            RuntimeError: it cannot begin; told as a failure in `Transfer.wait` is.
         """
         transfer = self._start(rows, send, receive, phase)
         transfer._exchange.follow(transfer._work)
@@ -67,8 +70,8 @@ class Link:
         arriving, leaving = rows.new_empty(num_arriving, *rows.shape[1:]), rows.contiguous()
         num_bytes = self._elsewhere(rows, send, rows.shape[0]), self._elsewhere(rows, receive, num_arriving)
         exchange = RECORD.begin(self._place, phase, num_bytes, rows.is_cuda)
-        work = dist.all_to_all_single(arriving, leaving, receive, send, group=self.group, async_op=True)
-        exchange.launch()
+        with exchange.launching():
+            work = dist.all_to_all_single(arriving, leaving, receive, send, group=self.group, async_op=True)
         assert work is not None  # as this rank is in the group
         return Transfer(arriving, leaving, work, exchange)
 

@@ -152,19 +152,24 @@ def _map(path: Path, num_bytes: int) -> mmap.mmap:
 
 
 def _on_cuda(group: ProcessGroup, num_bytes: int, device: torch.device) -> SymmetricMemory | str:
-    def make() -> tuple[Tensor, Any]:
+    """The ranks meet only when all have their memory: one that has none would leave the others waiting for it."""
+
+    def reserve() -> Tensor:
         import torch.distributed._symmetric_memory as symmetric
 
-        own = symmetric.empty(num_bytes, dtype=torch.uint8, device=device)
-        handle = symmetric.rendezvous(own, group.group_name)
-        own.zero_()
-        torch.cuda.synchronize(device)
-        return own, handle
+        return symmetric.empty(num_bytes, dtype=torch.uint8, device=device)
 
-    made, reason = _attempt(group, make, "no symmetric memory")
-    if reason or made is None:
+    own, reason = _attempt(group, reserve, f"no symmetric memory of {num_bytes} bytes")
+    if reason or own is None:
         return reason
-    own, handle = made
-    with contextlib.suppress(AttributeError):
-        return SymmetricMemory(own, tuple(int(address) for address in handle.buffer_ptrs), made)
-    return "torch's symmetric memory does not tell its addresses"
+    memory, reason = _attempt(group, lambda: _meet(group, own), "symmetric memory not mapped")
+    return reason if reason or memory is None else memory
+
+
+def _meet(group: ProcessGroup, own: Tensor) -> SymmetricMemory:
+    import torch.distributed._symmetric_memory as symmetric
+
+    handle = symmetric.rendezvous(own, group.group_name)
+    own.zero_()
+    torch.cuda.synchronize(own.device)
+    return SymmetricMemory(own, tuple(int(address) for address in handle.buffer_ptrs), handle)

@@ -81,11 +81,14 @@ def _status(folder: Path, rank: int, run: Supervised) -> Iterator[None]:
 
 
 def _failed(folder: Path, rank: int, pulse: Pulse, error: BaseException) -> None:
-    dump_recent(folder, rank)
     # The rank that would write it may be the one that is lost.
     if rank == 0 or isinstance(error, LostPeerError):
         what = error.what if isinstance(error, MegamoeError) else f"{type(error).__name__}: {error}"
         write_status(folder, rank, "failed", pulse.step, what)
+    try:
+        dump_recent(folder, rank)
+    except Exception as failure:  # of whatever else is broken by now; what the run ended of counts
+        log.warning("the last exchanges cannot be written: %s", failure)
 
 
 def write_status(folder: Path, rank: int, state: str, step: int, reason: str = "") -> None:

@@ -34,7 +34,8 @@ from megamoe.moe.experts import Experts
 from megamoe.moe.ffn import FeedForward
 from megamoe.moe.routers.base import Router
 from megamoe.parallel import collectives
-from megamoe.parallel.exchanges import RECORD, Clock, Exchange, Moment, Span
+from megamoe.parallel.exchanges import RECORD, Exchange, Span
+from megamoe.parallel.moments import Clock, Moment
 
 FOLDER = "traces"
 _PARTS: tuple[tuple[type[nn.Module], str], ...] = (
@@ -81,17 +82,24 @@ class Tracer:
         self._write(step)
 
     def _write(self, step: int) -> None:
-        """A rank that cannot write says so and goes on: the run does not depend on it."""
+        """A rank that cannot write or read says so and goes on: the run does not depend on it."""
         done = RECORD.last
         assert done is not None
         own = trace_of(done.clock, done.exchanges, done.spans or [], self._rank)
         path = _write(self._folder / f"step_{step}_rank_{self._rank}.json", own)
         written = collectives.gather_objects(str(path) if path is not None else None)
         if self._rank == 0:
-            parts = [json.loads(Path(part).read_text(encoding="utf-8")) for part in written if part is not None]
-            whole = _write(self._folder / f"step_{step}.json", merged(parts)) if parts else None
-            if whole is not None:
-                log.info("trace of step %s: %s", step, whole)
+            self._merge(step, written)
+
+    def _merge(self, step: int, written: Sequence[str | None]) -> None:
+        """One file of those of all ranks that this one can read: there may be no folder that they share."""
+        parts = [_read(Path(path)) if path is not None else None for path in written]
+        if missing := [str(rank) for rank, part in enumerate(parts) if part is None]:
+            log.warning("the trace of step %s lacks ranks %s: their files cannot be read", step, ", ".join(missing))
+        found = [part for part in parts if part is not None]
+        whole = _write(self._folder / f"step_{step}.json", merged(found)) if found else None
+        if whole is not None:
+            log.info("trace of step %s: %s", step, whole)
 
 
 def dump_recent(folder: Path, rank: int) -> Path | None:
@@ -227,6 +235,14 @@ def _write(path: Path, trace: Trace) -> Path | None:
         log.warning("%s could not be written: %s", path, error)
         return None
     return path
+
+
+def _read(path: Path) -> Trace | None:
+    try:
+        trace: Trace = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return trace
 
 
 def _watch(model: nn.Module) -> list[Any]:

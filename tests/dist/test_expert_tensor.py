@@ -20,6 +20,7 @@ from megamoe.moe.experts import Experts
 from megamoe.moe.routers.base import count
 from megamoe.moe.types import BroadcastRows, RoutingPlan
 from megamoe.parallel.axis import Axis, axis_of
+from megamoe.parallel.exchanges import RECORD
 from megamoe.parallel.groups import Groups, build_groups
 from megamoe.parallel.shards import Shard, part, shards_of, whole_shape
 from megamoe.parallel.topology import Topology
@@ -141,8 +142,8 @@ class Found(NamedTuple):
     result: Result
     gradients: dict[str, Tensor]
     coordinates: dict[str, int]
-    sent: tuple[int, int]
-    """Bytes in the forward pass as declared, and as they went to other ranks."""
+    sent: tuple[int, int, int]
+    """Bytes in the forward pass as declared, as they went to other ranks, and as the record of exchanges has them."""
 
 
 def identity(etp: Axis) -> Work:
@@ -195,12 +196,15 @@ def counting() -> Iterator[Callable[[], int]]:
         dist.all_to_all_single, dist.all_gather = exchange, gather
 
 
-def sent_by(dispatcher: Dispatcher, here: Given) -> tuple[int, int]:
+def sent_by(dispatcher: Dispatcher, here: Given) -> tuple[int, int, int]:
     """After a pass: what ranks compare the first time only is not a part of what is sent for a layer."""
+    RECORD.begin_step(on_gpu=False)
     with counting() as moved:
         rows_RD, _, handle = dispatcher.dispatch(here.rows_TD, here.plan)
         dispatcher.combine(rows_RD, handle)
-        return handle.sent_bytes, moved()
+        RECORD.end_step()
+        assert RECORD.last is not None
+        return handle.sent_bytes, moved(), sum(exchange.sent_bytes for exchange in RECORD.last.exchanges)
 
 
 def on_a_rank(topology: Topology) -> dict[tuple[str, str, bool], Found]:
@@ -302,8 +306,9 @@ def test_every_part_gets_the_rows_of_all_ranks_by_expert_and_source(layout: str,
 def test_bytes_are_counted_as_they_are_sent(layout: str, mode: str, name: str) -> None:
     found = results(layout, mode, name, exact=True)
     for here in found:
-        declared, moved = here.sent
+        declared, moved, recorded = here.sent
         assert declared == moved
+        assert recorded == moved, "nothing is waited for that the record does not know"
     assert any(here.sent[0] > 0 for here in found)
 
 

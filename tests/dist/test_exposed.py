@@ -1,6 +1,7 @@
 """How long exchanges took and how long the computation stood for them, as every rank records it, on real ranks.
 
-The clock of the record is one for all processes of a machine, so moments of different ranks can be compared.
+The clock of the record is one for all processes of a machine, so moments of different ranks can be compared. What is
+compared holds however long anything takes.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import time
 from collections import Counter
 from datetime import timedelta
 from functools import partial
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -17,7 +19,7 @@ import torch.distributed as dist
 
 from megamoe.config import derive
 from megamoe.model.initialise import initialise
-from megamoe.parallel.exchanges import RECORD, LayerSeconds
+from megamoe.parallel.exchanges import RECORD, Exchange, LayerSeconds
 from megamoe.parallel.groups import build_groups
 from megamoe.parallel.link import Link
 from megamoe.testing import assert_close, parity, run_ranks
@@ -28,8 +30,10 @@ from megamoe.training.setup import Runtime, topology_of
 from megamoe.training.step import train_step
 
 RANKS = 2
-LATE = 0.5
-"""Seconds; what is compared with it are parts of it."""
+LATE = 0.1
+"""Seconds of a delay that a test makes."""
+SAME = 1e-6
+"""Seconds that sums of the same moments may differ by."""
 LIMIT = timedelta(seconds=60)
 NAMES = ("exchange_seconds", "exposed_seconds", "exposed_backward_seconds")
 
@@ -41,74 +45,121 @@ def compute(seconds: float) -> None:
         torch.ones(64, 64).sum()
 
 
-def stands_in(phase: str) -> None:
-    """Tell the other rank as soon as the main thread stands in an exchange of that phase."""
+class Told:
+    """Work that tells the other rank as soon as the computation stands waiting for it."""
 
-    def look() -> None:
-        while (exchange := RECORD.waiting) is None or exchange.phase != phase:
-            time.sleep(0.001)
-        dist.distributed_c10d._get_default_store().set(f"stands in {phase}", "")
+    def __init__(self, work: dist.Work) -> None:
+        self.work = work
 
-    threading.Thread(target=look, daemon=True).start()
+    def wait(self) -> None:
+        dist.distributed_c10d._get_default_store().set("stands", "")
+        self.work.wait()
 
 
-def late_peer() -> tuple[dict[int, LayerSeconds], list[tuple[float, ...]]]:
+class Seen(NamedTuple):
+    """Of the late exchange on one rank. The moments are in the order of `Exchange.moments`."""
+
+    by_block: dict[int, LayerSeconds]
+    moments: tuple[float, float, float, float, float]
+    told: float
+    """When the late rank began to compute: it knew that the other one stands."""
+
+
+def late_peer() -> Seen:
     """Rank 0 stands in block 5's exchange already when rank 1 begins to compute for it; block 2's are prompt."""
     group, rows = dist.group.WORLD, torch.zeros(8, 4)
     assert group is not None
-    prompt, late = Link(group, 2), Link(group, 5)
+    prompt, late, told = Link(group, 2), Link(group, 5), 0.0
     prompt.exchange(rows, None, None, "dispatch")  # connections are made
     RECORD.begin_step(on_gpu=False)
     prompt.exchange(rows, None, None, "dispatch")
-    if dist.get_rank() == 0:
-        stands_in("combine backward")
-    else:
-        dist.distributed_c10d._get_default_store().wait(["stands in combine backward"], LIMIT)
+    if dist.get_rank() == 1:
+        dist.distributed_c10d._get_default_store().wait(["stands"], LIMIT)
+        told = time.perf_counter()
         compute(LATE)
-    late.exchange(rows, None, None, "combine backward")
+    transfer = late._start(rows, None, None, "combine backward")
+    if dist.get_rank() == 0:
+        transfer._work = Told(transfer._work)  # type: ignore[assignment]
+    transfer.wait()
     found = RECORD.end_step()
     assert found is not None
     assert RECORD.last is not None
-    moments = [(e.began, e.arrived, e.waited, e.resumed) for e in RECORD.last.exchanges]
-    return found, moments  # type: ignore[return-value]
+    moments = RECORD.last.exchanges[1].moments(RECORD.last.clock)
+    assert moments is not None
+    return Seen(found, moments, told)
 
 
 def test_who_waits_for_a_late_peer_shows_it() -> None:
-    (waits, mine), (late, others) = run_ranks(late_peer, RANKS)
-    assert waits[5].exposed > 0.99 * LATE
-    assert waits[5].exposed == waits[5].backward
-    assert waits[2].backward == 0.0
-    assert mine[1][3] > others[1][0], "rows cannot arrive before they leave"
-    assert max(late[5].exposed, waits[2].exposed, late[2].exposed) < 0.5 * LATE, "nobody waited there"
-    for seconds in (*waits.values(), *late.values()):
-        assert 0.0 < seconds.exposed <= seconds.exchange, "an exchange without work beside it hides nothing"
-        assert_close(torch.tensor(seconds.exposed), torch.tensor(seconds.exchange), rel=0.05, abs=0.1 * LATE)
+    waits, late = run_ranks(late_peer, RANKS)
+    assert waits.by_block[5].exposed > 0.99 * LATE
+    assert waits.by_block[5].exposed == waits.by_block[5].backward
+    assert waits.by_block[2].backward == late.by_block[2].backward == 0.0
+    began, _, _, _, resumed = late.moments
+    assert waits.moments[3] < late.told, "it stood already"
+    assert waits.moments[4] > began, "rows cannot arrive before they leave"
+    assert began - late.told > 0.99 * LATE
+    assert late.by_block[5].exposed <= resumed - began + SAME, "whoever is late did not wait before"
+    for rank in (waits, late):
+        began, launched, arrived, waited, resumed = rank.moments
+        assert arrived == resumed, "nothing computes beside it"
+        seconds = rank.by_block[5]
+        assert seconds.exchange - seconds.exposed == pytest.approx(waited - launched, abs=SAME)
+        assert all(0.0 < seconds.exposed <= seconds.exchange + SAME for seconds in rank.by_block.values())
 
 
-def hidden() -> tuple[LayerSeconds, float, float]:
+def hidden() -> tuple[LayerSeconds, tuple[float, ...], float]:
     """Work begins only once the rows are there, and goes on for long after."""
-    group, rows = dist.group.WORLD, torch.zeros(8, 4)
+    group, rows, there = dist.group.WORLD, torch.zeros(8, 4), threading.Event()
     assert group is not None
-    link = Link(group)
+    link, original = Link(group), Exchange._on_arrival
     link.exchange(rows, None, None, "dispatch")
     RECORD.begin_step(on_gpu=False)
+
+    def on_arrival(exchange: Exchange, future: Any) -> None:
+        original(exchange, future)
+        there.set()
+
+    Exchange._on_arrival = on_arrival  # type: ignore[method-assign]
     transfer = link.start(rows, None, None, "dispatch")
-    (exchange,) = RECORD._step.exchanges  # type: ignore[union-attr]
-    while exchange.arrived is None:
-        time.sleep(0.001)
+    assert there.wait(LIMIT.total_seconds())
     seen = time.perf_counter()
     compute(LATE)
     transfer.wait()
     seconds = RECORD.end_step()
     assert seconds is not None
-    assert isinstance(exchange.began, float)
-    return seconds[0], seen - exchange.began, time.perf_counter() - exchange.began
+    assert RECORD.last is not None
+    moments = RECORD.last.exchanges[0].moments(RECORD.last.clock)
+    assert moments is not None
+    return seconds[0], moments, seen
 
 
 def test_what_arrives_behind_the_computation_is_not_exposed() -> None:
-    for seconds, until_seen, whole in run_ranks(hidden, RANKS):
-        assert seconds.exchange <= until_seen, "until the arrival, not until the wait"
-        assert seconds.exposed < 0.5 * LATE < 0.5 * whole
+    for seconds, (began, _, arrived, waited, resumed), seen in run_ranks(hidden, RANKS):
+        assert began < arrived <= seen < waited, "its wait begins long after the arrival"
+        assert seconds.exchange == pytest.approx(arrived - began, abs=SAME), "until the arrival, not until the wait"
+        assert seconds.exposed <= resumed - began - 0.99 * LATE, "the computation did not stand meanwhile"
+
+
+def refuse(*_: Any, **__: Any) -> None:
+    """As NCCL does where its communicator is broken; gloo says everything in the wait."""
+    raise RuntimeError("no connection")
+
+
+def cannot_begin() -> tuple[str, str]:
+    group, rows = dist.group.WORLD, torch.zeros(8, 4)
+    assert group is not None
+    dist.all_to_all_single = refuse
+    try:
+        Link(group, 5).start(rows, None, None, "combine backward")
+    except RuntimeError as error:
+        return str(error), str(RECORD.waiting)
+    return "nothing", ""
+
+
+def test_an_exchange_that_cannot_begin_is_named() -> None:
+    for said, waiting in run_ranks(cannot_begin, RANKS):
+        assert waiting == "block 5, combine backward (ep ranks 0, 1)"
+        assert said == f"{waiting}: no connection"
 
 
 ROWS = ((16, 48), (8, 56))

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from megamoe.common.errors import LostPeerError
@@ -21,7 +23,7 @@ from megamoe.moe.dispatch.base import Dispatcher
 from megamoe.moe.dispatch.local import LocalDispatcher
 from megamoe.moe.dispatch.padded import PaddedDispatcher
 from megamoe.moe.dispatch.push import PushDispatcher
-from megamoe.moe.dispatch.push_window import Window, shared_window
+from megamoe.moe.dispatch.push_window import Way, Window, shared_window
 from megamoe.moe.layer import MoELayer
 from megamoe.moe.placement import ExpertParallel
 from megamoe.moe.routers import base
@@ -29,6 +31,7 @@ from megamoe.moe.types import Choices, RoutingPlan
 from megamoe.ops import push
 from megamoe.ops.plan import plan_rows
 from megamoe.parallel import symmetric
+from megamoe.parallel.exchanges import RECORD
 from megamoe.parallel.groups import RankGroup, build_groups
 from megamoe.parallel.link import Link
 from megamoe.parallel.topology import Topology
@@ -278,6 +281,80 @@ def test_no_file_is_left_behind() -> None:
     assert set(symmetric.FOLDER.glob("megamoe-*")) <= before
 
 
+def warnings_told() -> list[str]:
+    """What the window logs from now on."""
+    told: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: told.append(record.getMessage())  # type: ignore[method-assign]
+    push_window.log.addHandler(handler)
+    return told
+
+
+def not_grown() -> tuple[list[bool], list[bool], list[str]]:
+    """Layers of which some ask for more memory than rank 1 has, and their backward passes: whether the rows of each
+    were pushed, and whether results and gradients are right."""
+    rank, told = torch.distributed.get_rank(), warnings_told()
+    dispatcher = PushDispatcher(Link(ep_group(2).handle))
+    tokens, plan = drawn_plan("even", rank, True)
+    rows_TD = drawn(tokens, WIDTH, seed=rank).requires_grad_()
+    outs, pushed = [], []
+    for factor in (1, 3, 1, 4):
+        received_RD, _, handle = dispatcher.dispatch(rows_TD, plan._replace(capacity=factor * CAPACITY))
+        pushed.append(isinstance(handle.state, Way))
+        outs.append(dispatcher.combine(received_RD, handle))
+        if rank == 1:
+            symmetric.FOLDER = Path("/dev/null")
+    probe_TD = drawn(tokens, WIDTH, seed=3)
+    right = []
+    for out_TD in reversed(outs):
+        (d_rows_TD,) = torch.autograd.grad((out_TD * probe_TD).sum(), [rows_TD])
+        right.append(torch.equal(out_TD, rows_TD * TOP_K) and torch.equal(d_rows_TD, probe_TD * TOP_K))
+    return pushed, right, told
+
+
+def test_where_a_window_cannot_grow_the_old_one_goes_on() -> None:
+    for pushed, right, told in run_ranks(not_grown, 2):
+        assert pushed == [True, False, True, False]
+        assert right == [True] * 4
+        (text,) = told
+        assert "more of them than before are not pushed but travel by all-to-all: rank 1: no shared memory of" in text
+
+
+def a_group_later() -> bool:
+    """Whether the memory for a group that is destroyed is there when there is a window for another one."""
+    group = torch.distributed.new_group()
+    moved(PushDispatcher(Link(group)), "even", True, torch.float32)
+    window = weakref.ref(shared_window(group, torch.zeros(1), EXPERTS // 2))
+    torch.distributed.destroy_process_group(group)
+    shared_window(torch.distributed.new_group(), torch.zeros(1), EXPERTS // 2)
+    return window() is not None
+
+
+def test_memory_does_not_outlive_its_group() -> None:
+    assert run_ranks(a_group_later, 2) == [False, False]
+
+
+def without_an_allocation() -> tuple[symmetric.SymmetricMemory | str, bool]:
+    """Rank 1's GPU is full. Whether this rank has gone to meet the others."""
+    from torch.distributed import _symmetric_memory
+
+    met: list[Tensor] = []
+
+    def empty(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        if torch.distributed.get_rank() == 1:
+            raise torch.OutOfMemoryError("out of memory")
+        return torch.empty(size, dtype=dtype, device=device)
+
+    _symmetric_memory.empty = empty  # type: ignore[assignment]
+    _symmetric_memory.rendezvous = lambda own, group: met.append(own)  # type: ignore[assignment,return-value]
+    return symmetric._on_cuda(ep_group(2).handle, 64, torch.device("cpu")), bool(met)
+
+
+def test_nobody_waits_for_a_rank_that_has_no_memory_on_its_gpu() -> None:
+    reason = "rank 1: no symmetric memory of 64 bytes: OutOfMemoryError: out of memory"
+    assert run_ranks(without_an_allocation, 2) == [(reason, False)] * 2
+
+
 def instead(why: str) -> tuple[str, list[str], bool]:
     """Without one of the things that pushing needs, on rank 1 alone."""
     ep = ep_group(2)
@@ -288,10 +365,7 @@ def instead(why: str) -> tuple[str, list[str], bool]:
             symmetric.socket.gethostname = lambda: "elsewhere"
         else:
             push_window.push.unavailable = lambda device, dtype: "megamoe-kernels is not installed"
-    told: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: told.append(record.getMessage())  # type: ignore[method-assign]
-    push_window.log.addHandler(handler)
+    told = warnings_told()
     dispatcher = PushDispatcher(Link(ep.handle))
     pushed = [moved(dispatcher, "even", True, torch.float32) for _ in range(2)][-1]
     other = moved(AllToAllDispatcher(Link(ep.handle)), "even", True, torch.float32)
@@ -312,6 +386,35 @@ def test_without_what_it_needs_rows_go_by_all_to_all_and_the_reason_is_told_once
         assert found.startswith(reason)
         assert told == [f"rows are not pushed but travel by all-to-all: {found}"]
         assert same
+
+
+class Standing(TorchDispatchMode):
+    """Writes down in which phase the record says that this rank stands, at every op of an exchange."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[tuple[str, str]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if func.namespace == "megamoe" and name in push.OPS:
+            self.found.append((name, "" if RECORD.waiting is None else RECORD.waiting.phase))
+        return func(*args, **(kwargs or {}))
+
+
+def stood() -> list[tuple[str, str]]:
+    dispatcher = PushDispatcher(Link(ep_group(2).handle))
+    moved(dispatcher, "even", True, torch.float32)
+    with Standing() as standing:
+        moved(dispatcher, "even", True, torch.float32)
+    return standing.found
+
+
+def test_an_op_that_may_wait_is_inside_of_an_exchange_that_others_see() -> None:
+    there, home = ("dispatch_push", "wait_flags"), ("publish_rows", "combine_pull")
+    ops = {"counts": ("exchange_counts", "wait_counts"), "dispatch": there, "combine": home}
+    ops |= {"combine backward": there, "dispatch backward": home}
+    assert run_ranks(stood, 2) == [[(op, phase) for phase in ops for op in ops[phase]]] * 2
 
 
 class Gone(Exception):

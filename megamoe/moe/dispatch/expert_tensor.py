@@ -13,7 +13,6 @@ from megamoe.moe.dispatch.all_to_all import experts_of
 from megamoe.moe.dispatch.base import DEFAULT, Dispatcher
 from megamoe.moe.dispatch.journey import Journey, Order, Splits, packed_width, travel
 from megamoe.moe.types import Choices, DispatchHandle, RoutingPlan
-from megamoe.parallel import collectives
 from megamoe.parallel.axis import Axis
 from megamoe.parallel.link import Link
 
@@ -46,7 +45,8 @@ class ExpertTensorDispatcher(Dispatcher):
 
     def dispatch(self, rows_TD: Tensor, plan: RoutingPlan) -> tuple[Tensor, Tensor, DispatchHandle]:
         rows_RD, rows_per_expert_L, inner = self.inner.dispatch(rows_TD, plan)
-        received_PL = torch.stack(collectives.all_gather(rows_per_expert_L, self.link.group))
+        to_all_PL = rows_per_expert_L.expand(self.etp.size, -1)
+        received_PL = self.link.exchange(to_all_PL, None, None, "counts")
         receive = received_PL.sum(1).tolist()
         held, num_parts = receive[self.etp.rank], self.etp.size
         splits = Splits(self.link, [held] * num_parts, receive, self.ops)

@@ -70,10 +70,11 @@ class Window:
     """Memory of a group for one-sided exchanges, all of which are numbered, and happen in the same order on every rank.
 
     There are two buffers, and a rank begins exchange n when all have read those of n - 2. It is made when the first
-    rows are to travel, and again when a capacity needs more. Every wait ends after `limit` seconds.
+    rows are to travel, and again when a capacity needs more: what is under way then goes on in the new one, and in the
+    old one where there is no new one. Every wait ends after `limit` seconds.
 
     Attributes:
-        reason: why it cannot be used, the same on all ranks; empty: it can, or nobody has tried.
+        reason: why it could not be made, or not larger, the same on all ranks; empty: it could, or nobody has tried.
     """
 
     def __init__(self, group: ProcessGroup, device: torch.device, limit: float | None = None) -> None:
@@ -101,15 +102,18 @@ class Window:
             unusable: why this rank cannot use any.
 
         Returns:
-            `reason`, which is told once.
+            Why it is too small, which is told once and never tried again; empty: it is large enough.
 
         Raises:
             ValueError: the ranks do not agree about the size.
         """
-        if not self.reason and (self._size is None or not self._size.holds(size)):
+        if self._size is not None and self._size.holds(size):
+            return ""
+        if not self.reason:
             self.reason = self._make(size, unusable)
             if self.reason:
-                log.warning("rows are not pushed but travel by all-to-all: %s", self.reason)
+                what = "rows" if self._size is None else "rows of layers with more of them than before"
+                log.warning("%s are not pushed but travel by all-to-all: %s", what, self.reason)
         return self.reason
 
     def _make(self, size: Size, unusable: str) -> str:
@@ -125,14 +129,14 @@ class Window:
         whole = (self._size or Size(size.num_local, 0, 0)).with_room_for(size)
         about = self.rank, *whole
         num_bytes = torch.ops.megamoe.window_bytes(push.box(*about, [0] * self.num_ranks))
-        self._memory = None
         memory = share(self.group, num_bytes, self.device)
         if isinstance(memory, str):
             return memory
-        self._memory, self._size, self._number = memory, whole, 0
-        self._box = push.box(*about, memory.addresses)
         flags = push.num_flags(self.num_ranks, whole.num_local, whole.capacity)
         self._seen = torch.zeros(2, flags, dtype=torch.int32, device=self.device)
+        # The old memory goes only now: without a new one, the exchanges of outstanding ways would have none.
+        self._memory, self._box = memory, push.box(*about, memory.addresses)
+        self._size, self._number = whole, 0
         return ""
 
     # The exchanges
@@ -141,8 +145,8 @@ class Window:
         """Begin an exchange with the numbers of rows: its own number, and the counts of all ranks, int32 [P, E]."""
         number = self._begin(link, "dispatch")
         about = self._about(number)
-        torch.ops.megamoe.exchange_counts(counts_E.contiguous(), *about)
         with self._recorded(link, "counts", counts_E.numel() * 4 * (self.num_ranks - 1)):
+            torch.ops.megamoe.exchange_counts(counts_E.contiguous(), *about)
             counts_PE = torch.ops.megamoe.wait_counts(counts_E, *about)
             self._check()
         return number, counts_PE
@@ -245,8 +249,21 @@ _shared: dict[tuple[ProcessGroup, torch.device, torch.dtype, int], Window] = {}
 
 
 def shared_window(group: ProcessGroup, rows: Tensor, num_local: int) -> Window:
-    """The window of all layers that exchange such rows over a group, with L experts on a rank: they use it in turn."""
+    """The window of all layers that exchange such rows over a group, with L experts on a rank: they use it in turn.
+
+    Those of groups that have been destroyed are let go when the next one is made.
+    """
     key = group, rows.device, rows.dtype, num_local
     if key not in _shared:
+        for gone in [other for other in _shared if _is_destroyed(other[0])]:
+            del _shared[gone]
         _shared[key] = Window(group, rows.device)
     return _shared[key]
+
+
+def _is_destroyed(group: ProcessGroup) -> bool:
+    try:
+        dist.get_process_group_ranks(group)
+    except KeyError:
+        return True
+    return False

@@ -5,6 +5,7 @@ import logging
 import os
 import socket
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -52,6 +53,27 @@ def test_it_names_the_exchange_that_the_rank_stands_in(tmp_path: Path) -> None:
     assert inside["exchange"] == {"number": 1, "layer": 3, "axis": "ep", "phase": "combine 1/4", "ranks": [0, 2]}
     assert after["exchange"] is None
     assert pulse.where() == "forward-backward of step 7"
+
+
+class Broken:
+    """An event of a device that has failed."""
+
+    def query(self) -> bool:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+
+def test_it_goes_on_where_the_device_has_failed(tmp_path: Path) -> None:
+    pulse = Pulse(Exchanges())
+    beats = Heartbeat(pulse, tmp_path, 0, NEVER)
+    pulse.enter("forward-backward", step=7)
+    exchange: Any = pulse.record.begin((3, "ep", (0, 2)), "combine", (0, 0), on_gpu=False)
+    exchange.resumed = Broken()
+    beats.start()
+    assert pulse.where() == "forward-backward of step 7"
+    beats.stop("RuntimeError: CUDA error")
+    content = heartbeat.read(tmp_path, 0)
+    assert content is not None
+    assert (content["exchange"], content["ended"], content["count"]) == (None, "RuntimeError: CUDA error", 2)
 
 
 def test_it_is_written_again_and_again_without_the_main_thread(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """What a rank says whose collective fails: from its own record and the others' heartbeats."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -8,8 +9,9 @@ import pytest
 
 from megamoe.common.errors import LostPeerError
 from megamoe.parallel.exchanges import Exchanges
+from megamoe.training import supervision
 from megamoe.training.heartbeat import Heartbeat, Pulse
-from megamoe.training.supervision import _naming_lost_peers
+from megamoe.training.supervision import STATUS, _failed, _naming_lost_peers
 
 RARELY = 60.0
 """Seconds between heartbeats: what others know is what was written for them."""
@@ -42,3 +44,13 @@ def test_a_defect_is_left_alone(tmp_path: Path) -> None:
     beats = Heartbeat(Pulse(Exchanges()), tmp_path, 0, RARELY)
     with pytest.raises(RuntimeError, match=r"^shapes do not fit$"), _naming_lost_peers(tmp_path, 0, 1, beats):
         raise RuntimeError("shapes do not fit")
+
+
+def test_a_run_that_failed_says_so_whatever_else_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def dump(folder: Path, rank: int) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(supervision, "dump_recent", dump)
+    _failed(tmp_path, 0, Pulse(Exchanges()), ValueError("no such luck"))
+    status = json.loads((tmp_path / STATUS).read_text())
+    assert (status["state"], status["reason"]) == ("failed", "ValueError: no such luck")

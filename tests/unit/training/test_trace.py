@@ -1,6 +1,7 @@
 """Traces of given exchanges and spans: lanes, nesting, one file of several ranks."""
 
 import json
+import logging
 from pathlib import Path
 
 import pytest
@@ -9,9 +10,10 @@ from torch import Tensor, nn
 
 from megamoe.model.block import Block
 from megamoe.moe.experts import Experts
-from megamoe.parallel.exchanges import Clock, Exchange, Exchanges, Span
+from megamoe.parallel.exchanges import Exchange, Exchanges, Span
+from megamoe.parallel.moments import Clock
 from megamoe.training import trace
-from megamoe.training.trace import Trace, dump_recent, merged, trace_of
+from megamoe.training.trace import Trace, Tracer, dump_recent, merged, trace_of
 
 
 def clock() -> Clock:
@@ -98,6 +100,32 @@ def test_ranks_beside_each_other() -> None:
         begins = {event["pid"]: event["ts"] for event in whole["traceEvents"] if event["name"] == "dispatch"}
         assert begins == {0: 0.0, 1: 0.25e6}
         assert whole["otherData"]["begin"] == 5001.0
+
+
+def test_ranks_whose_files_cannot_be_read_are_named(tmp_path: Path) -> None:
+    """Where ranks share no folder, or a disk fails."""
+    paths = [tmp_path / f"rank_{rank}.json" for rank in range(4)]
+    for rank in (0, 3):
+        part = trace_of(clock(), [exchange("dispatch", 101.0, 102.0, 101.0, 102.0)], [], rank)
+        paths[rank].write_text(json.dumps(part))
+    paths[2].write_text('{"traceEv')
+    said: list[str] = []
+    listener = logging.Handler(logging.WARNING)
+    listener.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    trace.log.addHandler(listener)
+    tracer = Tracer([5], tmp_path, nn.Module(), 0)
+    try:
+        tracer._merge(5, [*map(str, paths), None])
+        tracer._merge(6, [None, str(paths[1])])
+    finally:
+        trace.log.removeHandler(listener)
+    whole = json.loads((tmp_path / "traces" / "step_5.json").read_text())
+    assert {event["pid"] for event in whole["traceEvents"]} == {0, 3}
+    assert said == [
+        "the trace of step 5 lacks ranks 1, 2, 4: their files cannot be read",
+        "the trace of step 6 lacks ranks 0, 1: their files cannot be read",
+    ]
+    assert not (tmp_path / "traces" / "step_6.json").exists()
 
 
 def test_the_last_exchanges_of_a_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
