@@ -70,6 +70,7 @@ def test_a_study_from_its_file_to_its_page(words: list[str]) -> None:
     assert "holds runs with other settings" in other.output
 
 
+@pytest.mark.thorough
 def test_a_study_that_fine_tunes(tmp_path: Path) -> None:
     """One model is pretrained and both arms start from it; with another start, what was made of it counts no more."""
     (tmp_path / "base.yaml").write_text("parallel: {ep: 1, zero_stage: 0}\n")

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.slow
 RECIPE = "configs/tiny.yaml"
 ROUTERS = ("topk", "resonance")
 INVARIANT = "configs/parallel/rank_invariant.yaml"
-STEPS_ALIKE = 16
+STEPS_ALIKE = 10
 
 
 @pytest.fixture(scope="module")
