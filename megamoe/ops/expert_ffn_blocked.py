@@ -126,8 +126,10 @@ def _backward_later(
 def _per_expert(
     splits: list[int], rowwise: tuple[Tensor, ...], stacked: tuple[Tensor, ...]
 ) -> Iterator[tuple[Tensor, ...]]:
-    """For every expert, empty ones included: its rows of each `rowwise` tensor, its matrix of each `stacked` one."""
-    return zip(*(t[: sum(splits)].split(splits) for t in rowwise), *(t.unbind() for t in stacked), strict=True)
+    """For every expert, empty ones included: its rows of each `rowwise` tensor, its matrix of each `stacked` one. Where
+    there are P times as many splits as matrices, each matrix serves P of them."""
+    matrices = ([m for m in t.unbind() for _ in range(len(splits) // len(t))] for t in stacked)
+    return zip(*(t[: sum(splits)].split(splits) for t in rowwise), *matrices, strict=True)
 
 
 def blocked(

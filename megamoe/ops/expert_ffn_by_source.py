@@ -8,19 +8,21 @@ numbers are exact (ours; see `training/exact_sums.py`).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from megamoe.ops.expert_ffn_blocked import BLOCKED
 
 GRADIENT_SUM = "gradient_sum"
 """Attribute of a parameter: where its gradients are added up in fp64."""
 
 
 class _BySource(torch.autograd.Function):
+    """The blocked implementation for L * P experts, of which P at a time have one matrix."""
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -32,53 +34,29 @@ class _BySource(torch.autograd.Function):
         rows_LP: Tensor,
         sums: tuple[Tensor, ...],
     ) -> Tensor:
-        counts = rows_LP.tolist()
-        h1_RF = rows_RD.new_empty(rows_RD.shape[0], w1.shape[1])
-        h3_RF, out_RD = torch.empty_like(h1_RF), torch.zeros_like(rows_RD)
-        for expert, own in _parts(counts):
-            torch.mm(rows_RD[own], w1[expert].t(), out=h1_RF[own])
-            torch.mm(rows_RD[own], w3[expert].t(), out=h3_RF[own])
-            act = F.silu(h1_RF[own]).mul_(h3_RF[own]).mul_(weights_R[own, None])
-            torch.mm(act, w2[expert].t(), out=out_RD[own])
-        ctx.save_for_backward(rows_RD, weights_R, w1, w2, w3, h1_RF, h3_RF)
-        ctx.counts, ctx.sums = counts, sums
+        out_RD, kept = BLOCKED.forward(rows_RD, weights_R, (w1, w2, w3), rows_LP.flatten())
+        ctx.save_for_backward(rows_RD, weights_R, w1, w2, w3, *kept)
+        ctx.rows_LP, ctx.sums = rows_LP, sums
         return out_RD
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        rows_RD, weights_R, w1, w2, w3, h1_RF, h3_RF = ctx.saved_tensors
-        d_rows, d_weights = torch.zeros_like(rows_RD), torch.zeros_like(weights_R)
-        wanted = any(ctx.needs_input_grad[2:5])
-        own_sums = not ctx.sums
-        sums = ctx.sums or tuple(torch.zeros_like(w, dtype=torch.float64) for w in (w1, w2, w3))
-        for expert, own in _parts(ctx.counts):
-            grad, x, weight, h1, h3 = (t[own] for t in (grads[0], rows_RD, weights_R[:, None], h1_RF, h3_RF))
-            gate = F.silu(h1)
-            act, d_act = gate * h3, torch.mm(grad, w2[expert])
-            torch.sum(act * d_act, dim=-1, out=d_weights[own])
-            act.mul_(weight)
-            d_h3 = gate.mul_(d_act.mul_(weight))
-            d_h1 = torch.ops.aten.silu_backward(d_act.mul_(h3), h1)
-            torch.mm(d_h3, w3[expert], out=d_rows[own])
-            d_rows[own].addmm_(d_h1, w1[expert])
-            if wanted:
-                for total, left, right in zip(sums, (d_h1, grad, d_h3), (x, act, x), strict=True):
-                    total[expert] += torch.mm(left.t(), right)
-        gradients: tuple[Tensor | None, ...] = (None, None, None)
-        if wanted and own_sums:
-            gradients = tuple(total.to(w.dtype) for total, w in zip(sums, (w1, w2, w3), strict=True))
-        return d_rows, d_weights, *gradients, None, None
-
-
-def _parts(counts: list[list[int]]) -> Iterator[tuple[int, slice]]:
-    """Each expert with each part of its rows that is from one source."""
-    start = 0
-    for expert, of_sources in enumerate(counts):
-        for num_rows in of_sources:
-            if num_rows:
-                yield expert, slice(start, start + num_rows)
-            start += num_rows
+        rows_RD, weights_R, w1, w2, w3, *kept = ctx.saved_tensors
+        weights, rows_LP = (w1, w2, w3), ctx.rows_LP
+        d_rows, d_weights, later = BLOCKED.backward(
+            grads[0], rows_RD, weights_R, tuple(kept), weights, rows_LP.flatten()
+        )
+        if not any(ctx.needs_input_grad[2:5]):
+            return d_rows, d_weights, *[None] * 5
+        of_1, of_2, of_3 = (w.new_empty(rows_LP.numel(), *w.shape[1:]) for w in weights)
+        later((of_1, of_2, of_3))
+        totals = [of.unflatten(0, rows_LP.shape).sum(1, dtype=torch.float64) for of in (of_1, of_2, of_3)]
+        if not ctx.sums:
+            return d_rows, d_weights, *(total.to(w1.dtype) for total in totals), None, None
+        for so_far, total in zip(ctx.sums, totals, strict=True):
+            so_far += total
+        return d_rows, d_weights, *[None] * 5
 
 
 def by_source(
@@ -94,4 +72,4 @@ def by_source(
     """
     rows_LP = rows_per_expert_L if rows_per_expert_L.dim() == 2 else rows_per_expert_L[:, None]
     sums = tuple(getattr(w, GRADIENT_SUM) for w in (w1, w2, w3) if hasattr(w, GRADIENT_SUM))
-    return _BySource.apply(rows_RD, weights_R.to(rows_RD.dtype), w1, w2, w3, rows_LP, sums)
+    return _BySource.apply(rows_RD, weights_R, w1, w2, w3, rows_LP, sums)

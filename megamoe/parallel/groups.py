@@ -99,7 +99,12 @@ def _build(
 ) -> RankGroup:
     """This rank's group of those; made once for all axes along which the same ranks meet."""
     if groups not in made:
-        handles = {ranks: dist.new_group(list(ranks), timeout=timeout) for ranks in groups}
-        mine = next(ranks for ranks in groups if rank in ranks)
-        made[groups] = RankGroup(mine, mine.index(rank), handles[mine])
+        made[groups] = make_group(groups, rank, timeout)
     return made[groups]
+
+
+def make_group(groups: tuple[Group, ...], rank: int, timeout: timedelta | None) -> RankGroup:
+    """This rank's group of those. Collective: every rank makes all of them."""
+    handles = {ranks: dist.new_group(list(ranks), timeout=timeout) for ranks in groups}
+    mine = next(ranks for ranks in groups if rank in ranks)
+    return RankGroup(mine, mine.index(rank), handles[mine])

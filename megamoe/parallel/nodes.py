@@ -9,7 +9,7 @@ from datetime import timedelta
 import torch.distributed as dist
 
 from megamoe.common.errors import TopologyError
-from megamoe.parallel.groups import RankGroup
+from megamoe.parallel.groups import RankGroup, make_group
 from megamoe.parallel.topology import Group, Topology
 
 NodeMap = Sequence[Hashable]
@@ -100,11 +100,4 @@ def build_node_groups(groups: tuple[Group, ...], node_of: NodeMap, timeout: time
     between = tuple(across for nodes in by_group.values() for across in zip(*nodes, strict=True))
     mine = next(ranks for ranks in groups if rank in ranks)
     places = tuple(tuple(map(mine.index, node)) for node in by_group[mine])
-    return NodeGroups(places, _make(between, rank, timeout), _make(inside, rank, timeout))
-
-
-def _make(groups: tuple[Group, ...], rank: int, timeout: timedelta | None) -> RankGroup:
-    """This rank's group of those; every rank makes all of them."""
-    handles = {ranks: dist.new_group(list(ranks), timeout=timeout) for ranks in groups}
-    mine = next(ranks for ranks in groups if rank in ranks)
-    return RankGroup(mine, mine.index(rank), handles[mine])
+    return NodeGroups(places, make_group(between, rank, timeout), make_group(inside, rank, timeout))
