@@ -2,28 +2,19 @@
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
+
+from megamoe.common import strict_json
 
 
 def write(report: dict[str, Any], markdown: str, path: Path) -> list[Path]:
     """Write `path` (JSON) and the same name with the suffix .md; returns both."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(_finite(report), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    path.write_text(strict_json.dumps(report, indent=1) + "\n", encoding="utf-8")
     path.with_suffix(".md").write_text(markdown, encoding="utf-8")
     return [path, path.with_suffix(".md")]
-
-
-def _finite(value: Any) -> Any:
-    """JSON knows no infinities and NaN (of a run that diverged, say); they become null."""
-    if isinstance(value, dict):
-        return {key: _finite(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def target(name: str, limit: float, value: float, *, at_least: bool = False) -> dict[str, Any]:

@@ -47,7 +47,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     save = kinds.add_parser("save", help="the step after an asynchronous save against one without")
     rates, overlap = _add_exchange_kinds(kinds)
-    for kind, how in ((train, ""), (parallel, "; degrees and ZeRO stage are set by the layouts"), (save, "")):
+    by_layout = "; degrees and ZeRO stage are set by the layouts"
+    for kind, how, steps in ((train, "", 4), (parallel, by_layout, 1), (save, "", 4)):
         kind.add_argument(
             "--config",
             nargs="+",
@@ -56,8 +57,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
             help=f"files, then overrides{how} (default: configs/tiny.yaml)",
         )
         kind.add_argument("--ranks", type=int, default=2, help="processes (default: %(default)s)")
-        kind.add_argument("--steps", type=int, default=4, help="optimizer steps per turn (default: %(default)s)")
-    repeats = ((layer, 15), (router, 31), (train, 10), (parallel, 10), (save, 21), (rates, 15), (overlap, 21))
+        kind.add_argument("--steps", type=int, default=steps, help="optimizer steps per turn (default: %(default)s)")
+    repeats = ((layer, 15), (router, 31), (train, 10), (parallel, 40), (save, 21), (rates, 15), (overlap, 21))
     for kind, rounds in repeats:
         kind.add_argument("--repeats", type=int, default=rounds, help="rounds (default: %(default)s)")
         what = "FILE.yaml" if kind is rates else "FILE.json"
@@ -177,7 +178,8 @@ def _train(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
 
 def _parallel(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    from megamoe.bench.parallel import bench_parallel, layout_configs, markdown
+    from megamoe.bench.parallel import bench_parallel, layout_configs
+    from megamoe.bench.parallel_report import markdown
     from megamoe.cli.check import split
 
     layouts = _names(args.layouts) or ("tp2-ep2", f"ep{args.ranks}")

@@ -11,7 +11,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 import torch.distributed as dist
@@ -66,6 +66,8 @@ class Message(NamedTuple):
     """P."""
     sent: float
     """Bytes."""
+    worked: float
+    """CPU seconds of this thread since the message before, or since counting began."""
     again: Callable[[], None]
     """Does it once more with tensors of the same sizes, and waits for it."""
 
@@ -81,11 +83,20 @@ class Traffic(TorchDispatchMode):
         super().__init__()
         self.groups = groups
         self.messages: list[Message] = []
+        self._free_since = 0.0
+
+    def __enter__(self) -> Self:
+        self._free_since = time.thread_time()
+        super().__enter__()
+        return self
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        if func.namespace == "c10d":
-            self._note(func, args, kwargs or {})
-        return func(*args, **(kwargs or {}))
+        if func.namespace != "c10d":
+            return func(*args, **(kwargs or {}))
+        self._note(func, args, kwargs or {}, time.thread_time() - self._free_since)
+        result = func(*args, **(kwargs or {}))
+        self._free_since = time.thread_time()
+        return result
 
     def sent(self) -> dict[str, float]:
         """Bytes by axis, without axes over which nothing was sent; of small messages under `control`."""
@@ -94,13 +105,13 @@ class Traffic(TorchDispatchMode):
             found[message.axis] += message.sent
         return {axis: size for axis, size in found.items() if size}
 
-    def _note(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _note(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], worked: float) -> None:
         kind, measure = _KINDS[func._schema.name.partition("::")[2]]
         arguments = {a.name: v for a, v in zip(func._schema.arguments, args, strict=False)} | kwargs
         group = dist.ProcessGroup.unbox(arguments["process_group"])
         size = float(measure(arguments, group.size(), group.rank()))
         axis = self._axis(kind, size, tuple(dist.get_process_group_ranks(group)))
-        self.messages.append(Message(axis, kind, group.size(), size, _repetition(func, args, kwargs)))
+        self.messages.append(Message(axis, kind, group.size(), size, worked, _repetition(func, args, kwargs)))
 
     def _axis(self, kind: str, size: float, ranks: tuple[int, ...]) -> str:
         origin = _origin(sys._getframe(3))
@@ -118,14 +129,20 @@ class Traffic(TorchDispatchMode):
         return _NAMES.get(fitting[0], fitting[0]) if fitting else OTHER
 
 
-def replay(messages: list[Message]) -> dict[tuple[str, str], float]:
-    """Do all of it again, one after the other and without the work between. Collective.
+def replay(messages: list[Message], work: Callable[[float], None] | None = None) -> dict[tuple[str, str], float]:
+    """Do all of it again, one after the other. Collective.
+
+    Args:
+        work: done before each message, with the share of all work that came before it when it was counted.
 
     Returns:
-        Seconds that this rank spent, by axis and kind.
+        Seconds that this rank spent with messages, by axis and kind.
     """
     seconds: dict[tuple[str, str], float] = defaultdict(float)
+    worked = sum(message.worked for message in messages)
     for message in messages:
+        if work is not None:
+            work(message.worked / worked)
         began = time.perf_counter()
         message.again()
         seconds[message.axis, message.kind] += time.perf_counter() - began

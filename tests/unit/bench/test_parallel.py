@@ -5,7 +5,8 @@ import math
 
 import pytest
 
-from megamoe.bench.parallel import PLAIN, bench_parallel, layout_configs, markdown
+from megamoe.bench.parallel import PLAIN, bench_parallel, layout_configs
+from megamoe.bench.parallel_report import markdown
 from megamoe.bench.train import TrainSettings
 from megamoe.common.errors import MegamoeError, TopologyError
 
