@@ -41,6 +41,10 @@ class ConfigError(MegamoeError):
     """A configuration that cannot run: unknown key, wrong value, fields that contradict each other."""
 
 
+class FolderInUseError(ConfigError):
+    """A run folder in which another run is at work: nothing of it may be touched."""
+
+
 class TopologyError(MegamoeError):
     """A world size that the parallel degrees do not fit."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
@@ -72,9 +73,10 @@ def _last_validation(lines: Lines) -> dict[str, float]:
 
 
 def read_lines(folder: Path) -> Lines:
-    """The lines of a run's metrics.jsonl."""
+    """The lines of a run's metrics.jsonl; what was not finite, which is null there, as NaN."""
     text = (folder / "metrics.jsonl").read_text(encoding="utf-8")
-    return [json.loads(line) for line in text.splitlines()]
+    lines = [json.loads(line) for line in text.splitlines()]
+    return [{name: math.nan if value is None else value for name, value in line.items()} for line in lines]
 
 
 def layer_metrics(steps: Lines) -> dict[str, list[int]]:

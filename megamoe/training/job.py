@@ -15,6 +15,8 @@ from torch import nn
 from megamoe.common.errors import CheckpointError
 from megamoe.common.log import get_logger, setup_logging
 from megamoe.config.architecture import architecture
+from megamoe.config.changes import changes
+from megamoe.config.load import dump_config
 from megamoe.config.run import RunConfig
 from megamoe.model.attention import Attention
 from megamoe.model.decoder import Decoder, replicated
@@ -33,6 +35,7 @@ from megamoe.training.engine import Engine
 from megamoe.training.interrupt import catch_signals, ignore_signals
 from megamoe.training.loop import Loop, RunEnd
 from megamoe.training.monitors import monitors
+from megamoe.training.one_run import leave_to_earlier_run, refuse_second_run
 from megamoe.training.pipeline_engine import PipelineEngine
 from megamoe.training.run_folder import MetricsFile, open_run_folder, write_config, writing
 from megamoe.training.setup import Runtime, placement
@@ -94,6 +97,8 @@ def carry_out(job: Job, config: RunConfig, runtime: Runtime) -> RunEnd:
     Everything that can be wrong about the checkpoint is found before the model is built.
     """
     folder, shape = Path(config.training.output_dir), architecture(config, job.vocab_size)
+    # Right before the first heartbeat: in between, a second run would not be seen.
+    collectives.together(lambda: refuse_second_run(folder) if runtime.rank == 0 else None)
     with ExitStack() as stack:
         run = stack.enter_context(supervised(config.training, runtime.rank, runtime.world_size))
         resume = _find_checkpoint(config, job.digest, shape, run.pulse.tick)
@@ -111,6 +116,9 @@ def carry_out(job: Job, config: RunConfig, runtime: Runtime) -> RunEnd:
         else:
             state = load_checkpoint(engine, *resume, run.pulse.tick)
             log.info("resumed from %s", resume[0])
+            if changed := changes(_settings(resume[0]), dump_config(config)):
+                log.warning("goes on with other settings than those of the checkpoint: %s", "; ".join(changed))
+        collectives.together(lambda: leave_to_earlier_run(folder, run.pulse))
         metrics = collectives.together(lambda: MetricsFile(folder, state.step) if runtime.rank == 0 else None)
         if metrics is not None:
             stack.callback(metrics.close)
@@ -181,10 +189,7 @@ def check_kind(folder: Path, config: RunConfig) -> None:
     Raises:
         CheckpointError: it is not.
     """
-    try:
-        finetune = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("finetune")
-    except (OSError, ValueError, AttributeError) as error:
-        raise folders.damaged(folder, f"config.json cannot be read: {error}") from error
+    finetune = _settings(folder).get("finetune")
     before = Path(finetune["checkpoint"]).resolve() if finetune else None
     now = Path(config.finetune.checkpoint).resolve() if config.finetune is not None else None
     if before != now:
@@ -195,6 +200,17 @@ def check_kind(folder: Path, config: RunConfig) -> None:
             expected=f"one of {next(kinds)}",
             todo="choose another training.output_dir",
         )
+
+
+def _settings(checkpoint: Path) -> dict[str, Any]:
+    """The configuration that a checkpoint was written with."""
+    try:
+        settings = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise folders.damaged(checkpoint, f"config.json cannot be read: {error}") from error
+    if not isinstance(settings, dict):
+        raise folders.damaged(checkpoint, "config.json holds no configuration")
+    return settings
 
 
 def _find_checkpoint(

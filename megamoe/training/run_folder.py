@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from megamoe.common import strict_json
 from megamoe.common.errors import ConfigError
 from megamoe.config.load import dump_config
 from megamoe.config.run import RunConfig
@@ -76,27 +77,24 @@ def write_bytes(path: Path, content: bytes) -> None:
 class MetricsFile:
     """metrics.jsonl: one JSON object per line, one line per logged step, there at once.
 
-    A resumed run first drops the lines after its checkpoint's step, which it is about to write again.
+    A resumed run first cuts off the lines after its checkpoint's step, which it is about to write again.
     """
 
     def __init__(self, folder: Path, resumed_step: int) -> None:
         self._folder, path = folder, folder / "metrics.jsonl"
         with writing(folder):
             if path.exists():
-                lines = [line for line in path.read_text().splitlines() if _step_of(line) <= resumed_step]
-                partial = path.with_name(".metrics.jsonl.partial")
-                partial.write_text("".join(f"{line}\n" for line in lines))
-                partial.replace(path)
+                os.truncate(path, _length_until(path, resumed_step))
             # Unbuffered: nothing that could not be written is kept back to fail once more on closing.
             self._file = path.open("ab", buffering=0)
 
     def write(self, values: dict[str, Any]) -> None:
-        """Append one line.
+        """Append one line; what is not finite in it becomes null.
 
         Raises:
             ConfigError: the folder cannot be written.
         """
-        line = f"{json.dumps(values)}\n".encode()
+        line = f"{strict_json.dumps(values)}\n".encode()
         with writing(self._folder):
             if self._file.write(line) < len(line):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -105,8 +103,21 @@ class MetricsFile:
         self._file.close()
 
 
-def _step_of(line: str) -> float:
+def _length_until(path: Path, step: int) -> int:
+    """Bytes of the lines before the first one that is of a later step."""
+    length = 0
+    with path.open("rb") as lines:
+        for line in lines:
+            if _step_of(line) > step:
+                break
+            length += len(line)
+    return length
+
+
+def _step_of(line: bytes) -> float:
     """The step of a line; a line torn by a crash counts as after every step."""
+    if not line.endswith(b"\n"):
+        return float("inf")
     try:
         return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):

@@ -21,14 +21,13 @@ from typing import Any, TypeVar
 from megamoe.common.errors import EXIT_CODE, LostPeerError, PeerError
 from megamoe.common.log import get_logger
 from megamoe.common.main import report
+from megamoe.common.processes import is_running
 from megamoe.parallel.exchanges import place_text
 from megamoe.training import heartbeat
-from megamoe.training.heartbeat import Heartbeat
+from megamoe.training.heartbeat import MISSED, Heartbeat
 
 Result = TypeVar("Result")
 
-MISSED = 2.5
-"""Heartbeats that a living rank does not miss."""
 _LOOKS = 20
 """How often the pulse is looked at during the limit."""
 READ_SECONDS = 30.0
@@ -151,7 +150,7 @@ def _left(now: dict[int, dict[str, Any]]) -> str:
         ended = content["ended"]
         if ended is not None and not ended.startswith(_VICTIMS):
             gone[rank] = f"left ({ended})"
-        elif ended is None and content["host"] == here and not _runs(content["pid"]):
+        elif ended is None and content["host"] == here and not is_running(content["pid"]):
             gone[rank] = "is dead: its process is gone"
     return _sentence(gone, now)
 
@@ -221,21 +220,6 @@ def _exchange(summary: dict[str, Any]) -> str:
 def _read_all(folder: Path, world_size: int) -> dict[int, dict[str, Any]]:
     contents = ((rank, heartbeat.read(folder, rank)) for rank in range(world_size))
     return {rank: content for rank, content in contents if content is not None}
-
-
-def _runs(pid: int) -> bool:
-    """Whether a process of this machine lives; one that is dead and not yet waited for does not."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except (OSError, IndexError):
-        return True
-    return state not in ("Z", "X")
 
 
 def within(seconds: float, function: Callable[[], Result], otherwise: Result) -> Result:

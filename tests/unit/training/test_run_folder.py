@@ -1,6 +1,7 @@
 """The run folder, files that are written whole, and metrics.jsonl across a resume."""
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -87,3 +88,19 @@ def test_a_run_that_starts_over_begins_an_empty_file(tmp_path: Path) -> None:
     written(tmp_path, 0, 1, 2)
     written(tmp_path, 0, 1)
     assert [line["step"] for line in lines(tmp_path)] == [1]
+
+
+def test_what_is_not_finite_is_null(tmp_path: Path) -> None:
+    metrics = MetricsFile(tmp_path, 0)
+    metrics.write({"step": 1, "cross_entropy": math.nan, "gradient_norm": math.inf})
+    metrics.close()
+    assert lines(tmp_path) == [{"step": 1, "cross_entropy": None, "gradient_norm": None}]
+
+
+def test_a_second_start_does_not_take_the_file_from_the_first(tmp_path: Path) -> None:
+    first = MetricsFile(tmp_path, 0)
+    first.write({"step": 1})
+    MetricsFile(tmp_path, 0).close()
+    first.write({"step": 2})
+    first.close()
+    assert [line["step"] for line in lines(tmp_path)][-1] == 2
