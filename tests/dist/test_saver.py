@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -52,16 +53,15 @@ def step(engine: Engine, number: int) -> None:
 
 
 class Gate:
-    """Lets writing wait until it is opened."""
+    """Lets a part of saving wait until it is opened."""
 
-    def __init__(self) -> None:
-        self.opened = threading.Event()
-        self.original = saving.write_file
-        saving.write_file = self
+    def __init__(self, part: str) -> None:
+        self.opened, self.original = threading.Event(), getattr(saving, part)
+        setattr(saving, part, self)
 
-    def __call__(self, path: Path, pieces: Sequence[Piece]) -> FileEntry:
+    def __call__(self, *args: Any) -> Any:
         assert self.opened.wait(60)
-        return self.original(path, pieces)
+        return self.original(*args)
 
 
 def any_rank(flag: bool) -> bool:
@@ -82,7 +82,7 @@ def save_behind_steps(folder: Path) -> list[object]:
     """Begin to save, take two steps, and only then let it be written."""
     engine, saver = prepared(folder)
     step(engine, 0)
-    gate = Gate()
+    gate = Gate("write_file")
     saver.save(TrainState(1))
     seen: list[object] = [saver.writing, saver.collect(any_rank(saver.writing)), folders.complete(folder)]
     step(engine, 1)
@@ -107,11 +107,34 @@ def test_it_holds_the_moment_of_the_save(tmp_path: Path) -> None:
     assert states(later) == states(at_once)
 
 
+def publish_behind_a_step(folder: Path) -> list[object]:
+    """All pieces are there; take a step, and only then let rank 0 write the index."""
+    engine, saver = prepared(folder)
+    step(engine, 0)
+    gate = Gate("_write_index")
+    saver.save(TrainState(1))
+    assert saver._flight is not None
+    assert saver._flight.thread is not None
+    saver._flight.thread.join()
+    seen: list[object] = [saver.collect(any_rank(saver.writing)), saver.writing, folders.complete(folder)]
+    step(engine, 1)
+    seen.append(saver.collect(any_rank(saver.writing)))
+    gate.opened.set()
+    return [*seen, saver.finish(), saver.writing, [path.name for path in folders.complete(folder)]]
+
+
+def test_no_step_waits_for_rank_0_to_publish(tmp_path: Path) -> None:
+    first, second = run_ranks(publish_behind_a_step, 2, tmp_path / "run")
+    done = [None, tmp_path / "run" / "checkpoints" / "step_00000001", False, ["step_00000001"]]
+    assert first == [None, True, [], *done]
+    assert second == [None, False, [], *done]
+
+
 def save_twice(folder: Path) -> list[list[str]]:
     """The second save waits for the first."""
     engine, saver = prepared(folder)
     step(engine, 0)
-    gate = Gate()
+    gate = Gate("write_file")
     saver.save(TrainState(1))
     threading.Timer(0.2, gate.opened.set).start()
     saver.save(TrainState(2))

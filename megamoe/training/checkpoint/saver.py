@@ -1,8 +1,10 @@
 """Saving a run while it goes on.
 
 A save copies what this rank is to write into memory of its own, and a thread writes it, while the run takes its next
-steps. Once all ranks have written, which they tell each other with the numbers of the step, rank 0 gives the checkpoint
-its manifest and its name. At most one is being written; a failure ends the run at the next step.
+steps. Once all ranks have written, which they tell each other with the numbers of the step, a thread of rank 0 writes
+the index of what they wrote, gives the checkpoint its manifest and its name, and deletes older ones. That takes rank 0
+50 us a piece and time for the deleting, which the steps need not wait for. At most one checkpoint is being written; a
+failure ends the run at the next step.
 """
 
 from __future__ import annotations
@@ -49,7 +51,8 @@ class _Flight:
         manifest: without the files.
         pieces: what this rank writes, in memory that nothing else changes.
         streams: this rank's random generators.
-        files: what was written, once the thread has ended without an error.
+        files: what this rank wrote, once the thread has ended without an error.
+        final: the name it gets; None until all ranks have written their pieces.
     """
 
     target: Path
@@ -57,8 +60,30 @@ class _Flight:
     pieces: list[Piece]
     streams: dict[str, Any]
     files: dict[str, folders.FileEntry] = field(default_factory=dict)
+    final: Path | None = None
     error: Exception | None = None
     thread: threading.Thread | None = None
+
+    def begin(self, work: Callable[[], None]) -> None:
+        """Have a thread do it, which keeps what goes wrong for whoever asks."""
+
+        def run() -> None:
+            try:
+                work()
+            except OSError as error:
+                self.error = _cannot_write(self.target, str(error))
+            except ConfigError as error:  # of the small files
+                self.error = _cannot_write(self.target, error.got)
+            except Exception as error:  # a defect, or of ours: raised where the run is
+                self.error = error
+
+        self.thread = threading.Thread(target=run, name="checkpoint", daemon=True)
+        self.thread.start()
+
+    def raise_error(self) -> None:
+        """What went wrong on this rank."""
+        if self.error is not None:
+            raise self.error
 
 
 class _HostMemory:
@@ -143,14 +168,12 @@ class Saver:
         if asynchronous:
             pieces = self._cleaning(lambda: collectives.together(lambda: self._memory.copies(pieces)))
         self._flight = _Flight(target, manifest, pieces, random_state.get_states())
-        write = partial(_write, self._flight, self._config, self._tokenizer)
-        self._flight.thread = threading.Thread(target=write, name="checkpoint", daemon=True)
-        self._flight.thread.start()
+        self._flight.begin(partial(_write, self._flight, self._config, self._tokenizer))
         if not asynchronous:
             self._unreported = self.finish()
 
     def collect(self, writing_anywhere: bool) -> Path | None:
-        """Complete the checkpoint that was being written, if it is; to be called after every step.
+        """Go on with the checkpoint that was being written, if it is; to be called after every step.
 
         Args:
             writing_anywhere: whether any rank said that it is `writing`, before this call and the same on all.
@@ -162,21 +185,26 @@ class Saver:
             CheckpointError: it could not be written, on any rank.
         """
         if self._flight is not None and not writing_anywhere:
-            self._unreported = self._publish()
+            self._go_on(self._flight)
         published, self._unreported = self._unreported, None
         return published
 
     def finish(self) -> Path | None:
         """As `collect`, but wait for the writing, as long as any rank gets on with it or nobody ends it."""
-        before: list[int] = []
         while self._flight is not None:
-            progress = collectives.gather_objects(self._look_at(self._flight))
+            self._wait_for(self._flight)
+            self._go_on(self._flight)
+        return self.collect(writing_anywhere=False)
+
+    def _wait_for(self, flight: _Flight) -> None:
+        before: list[int] = []
+        while True:
+            progress = collectives.gather_objects(self._look_at(flight))
             if not any(writing for writing, _ in progress):
-                break
+                return
             if (now := [size for _, size in progress]) != before:
                 self._tick()
             before = now
-        return self.collect(writing_anywhere=False)
 
     def _look_at(self, flight: _Flight) -> tuple[bool, int]:
         """Whether this rank is still writing, after a second at most, and how much it has."""
@@ -185,17 +213,25 @@ class Saver:
         path = flight.target / _state_file()
         return self.writing, path.stat().st_size if path.exists() else 0
 
-    def _publish(self) -> Path:
-        flight, self._flight = self._flight, None
-        assert flight is not None
-        return self._cleaning(lambda: _complete(flight, self._config))
+    def _go_on(self, flight: _Flight) -> None:
+        """No rank is writing any more: begin to publish what they wrote; or it is published."""
+        self._cleaning(lambda: collectives.together(flight.raise_error))
+        if flight.final is not None:
+            self._flight, self._unreported = None, flight.final
+            return
+        flight.final = flight.target.with_name(folders.final_name(flight.manifest.step))
+        shares = collectives.gather_objects(flight.files)
+        if collectives.rank() == 0:
+            files = {name: entry for share in shares for name, entry in share.items()}
+            flight.begin(partial(_publish, flight, files, self._config))
 
     def _cleaning(self, step: Callable[[], Any]) -> Any:
         """Run a step on all ranks; where one fails, none is writing any more, so what is incomplete can go."""
         try:
             return step()
-        except MegamoeError:
-            if collectives.rank() == 0:
+        except Exception as error:
+            self._flight = None
+            if collectives.rank() == 0 and isinstance(error, MegamoeError):
                 folders.clear_incomplete(self._config.training.output_dir)
             raise
 
@@ -255,55 +291,29 @@ def _state_file() -> str:
 
 
 def _write(flight: _Flight, config: RunConfig, tokenizer: Path) -> None:
-    """Write this rank's files. The thread's function, so it keeps errors for whoever asks."""
+    """Write this rank's files."""
     rank, target = collectives.rank(), flight.target
-    try:
-        name = _state_file()
-        flight.files[name] = write_file(target / name, flight.pieces)
-        flight.pieces.clear()
-        streams = f"{RANKS}/rank_{rank:05d}.json"
-        write_json(target / streams, flight.streams)
-        flight.files[streams] = folders.describe(target / streams)
-        if rank == 0:
-            write_json(target / "config.json", dump_config(config))
-            write_bytes(target / "tokenizer.model", tokenizer.read_bytes())
-    except OSError as error:
-        flight.error = _cannot_write(target, str(error))
-    except ConfigError as error:  # of the small files
-        flight.error = _cannot_write(target, error.got)
-    except Exception as error:  # a defect: raised where the run is
-        flight.error = error
+    name = _state_file()
+    flight.files[name] = write_file(target / name, flight.pieces)
+    flight.pieces.clear()
+    streams = f"{RANKS}/rank_{rank:05d}.json"
+    write_json(target / streams, flight.streams)
+    flight.files[streams] = folders.describe(target / streams)
+    if rank == 0:
+        write_json(target / "config.json", dump_config(config))
+        write_bytes(target / "tokenizer.model", tokenizer.read_bytes())
 
 
-def _complete(flight: _Flight, config: RunConfig) -> Path:
-    """Make the checkpoint visible, or say on every rank why it is not."""
-
-    def written() -> None:
-        if flight.error is not None:
-            raise flight.error
-
-    collectives.together(written)
-    shares = collectives.gather_objects(flight.files)
-    files = {name: entry for share in shares for name, entry in share.items()}
-    return collectives.together(lambda: _publish(flight, files, config))
-
-
-def _publish(flight: _Flight, files: dict[str, folders.FileEntry], config: RunConfig) -> Path:
+def _publish(flight: _Flight, files: dict[str, folders.FileEntry], config: RunConfig) -> None:
+    """Make the checkpoint visible; and older ones go."""
     target, checkpoint = flight.target, config.training.checkpoint
-    final = target.with_name(folders.final_name(flight.manifest.step))
-    if collectives.rank() != 0:
-        return final
-    try:
-        _write_index(target, [name for name in files if name.startswith(f"{STATE}/")])
-        small = folders.digests(target, but=files)
-        folders.publish(target, replace(flight.manifest, files={**files, **small}))
-    except OSError as error:
-        raise _cannot_write(target, str(error)) from error
+    _write_index(target, [name for name in files if name.startswith(f"{STATE}/")])
+    small = folders.digests(target, but=files)
+    folders.publish(target, replace(flight.manifest, files={**files, **small}))
     try:
         folders.retain(config.training.output_dir, checkpoint.keep, checkpoint.keep_every)
     except OSError as error:
         log.warning("older checkpoints could not be deleted: %s", error)
-    return final
 
 
 def _write_index(target: Path, files: Sequence[str]) -> None:
