@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, Strict, ValidationError
+from pydantic import Field, Strict
 
 from megamoe.config.base import Section
-from megamoe.config.problems import Problem, nearest, raise_all
-from megamoe.config.sources import Source, read_file
+from megamoe.config.problems import Problem
+from megamoe.config.section_file import read_section
+from megamoe.config.sources import Source
 
 Precision = Literal["bf16", "fp32", "fp64"]
 Pass = Literal["forward", "inputs", "weights"]
@@ -85,32 +86,8 @@ def load_hardware(path: str | Path) -> HardwareConfig:
     Raises:
         ConfigError: listing everything that is wrong with it.
     """
-    source = read_file(path)
     todo = f"correct {path}; configs/hardware has examples"
-    raise_all(source.problems, todo=todo, title="The cluster's file cannot be read:")
-    try:
-        hardware = HardwareConfig.model_validate(source.values)
-    except ValidationError as error:
-        problems = [_problem(dict(entry), source) for entry in error.errors()]
-        raise_all(problems, todo=todo, title=f"The cluster's file has {len(problems)} problem(s):")
-        raise
-    raise_all(_out_of_order(hardware, source), todo=todo, title="The cluster's file contradicts itself:")
-    return hardware
-
-
-_KEYS = [name for section in (HardwareConfig, LinkRates, LaunchRates, ProductRate, ExpertRates)
-         for name in section.model_fields]  # fmt: skip
-
-
-def _problem(entry: dict[str, Any], source: Source) -> Problem:
-    keys = tuple(str(key) for key in entry["loc"] if key != "[key]")
-    what = f"{entry['msg']}, got {entry['input']!r}"
-    if entry["type"] == "extra_forbidden":
-        guess = nearest(keys[-1], _KEYS)
-        what = f"unknown key{f'; did you mean {guess}?' if guess else ''}"
-    elif entry["type"] == "missing":
-        what = "is required and not given"
-    return Problem(".".join(keys), what, source=source.place(keys))
+    return read_section(path, HardwareConfig, _out_of_order, what="The cluster's file", todo=todo)
 
 
 def _out_of_order(hardware: HardwareConfig, source: Source) -> list[Problem]:

@@ -7,15 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, Strict, StringConstraints, ValidationError
+from pydantic import Field, Strict, StringConstraints
 
 from megamoe.common.errors import ConfigError
 from megamoe.config.base import Section
 from megamoe.config.load import load_config
-from megamoe.config.problems import Problem, nearest, raise_all
+from megamoe.config.problems import Problem, raise_all
 from megamoe.config.rules import check_world_size
 from megamoe.config.run import RunConfig
-from megamoe.config.sources import Source, read_file
+from megamoe.config.section_file import read_section
+from megamoe.config.sources import Source
 from megamoe.training.finetune_config import load_finetune_config
 
 Measure = Literal[
@@ -169,17 +170,7 @@ def read_plan(path: Path) -> StudyPlan:
     Raises:
         ConfigError: listing everything that is wrong with it.
     """
-    source = read_file(path)
-    todo = f"correct {path}"
-    raise_all(source.problems, todo=todo, title="The study cannot be read:")
-    try:
-        plan = StudyPlan.model_validate(source.values)
-    except ValidationError as error:
-        problems = [_problem(dict(entry), source) for entry in error.errors()]
-        raise_all(problems, todo=todo, title=f"The study has {len(problems)} problem(s):")
-        raise
-    raise_all(_contradictions(plan), todo=todo, title="The study contradicts itself:")
-    return plan
+    return read_section(path, StudyPlan, _contradictions, what="The study", todo=f"correct {path}")
 
 
 def cost_config(study: Study, arm: Arm) -> RunConfig:
@@ -190,18 +181,7 @@ def cost_config(study: Study, arm: Arm) -> RunConfig:
     return config
 
 
-def _problem(entry: dict[str, Any], source: Source) -> Problem:
-    keys = tuple(str(key) for key in entry["loc"] if key != "[key]")
-    what = str(entry["msg"])
-    if entry["type"] == "extra_forbidden":
-        guess = nearest(keys[-1], [*StudyPlan.model_fields, *ArmPlan.model_fields, *CostPlan.model_fields])
-        what = f"unknown key{f'; did you mean {guess}?' if guess else ''}"
-    elif entry["type"] == "missing":
-        what = "is missing"
-    return Problem(".".join(keys), what, source=source.place(keys))
-
-
-def _contradictions(plan: StudyPlan) -> list[Problem]:
+def _contradictions(plan: StudyPlan, _: Source) -> list[Problem]:
     problems = []
     if plan.start is None and plan.judge == "exact_match":
         problems.append(Problem("judge", "exact_match is of models that fine-tune, which needs start"))

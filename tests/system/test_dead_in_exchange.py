@@ -10,9 +10,7 @@ import contextlib
 import itertools
 import json
 import os
-import runpy
 import signal
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,10 +18,10 @@ from typing import Any
 
 import pytest
 
-from megamoe.common import env, main
+from megamoe.common import env
 from megamoe.common.errors import EXIT_CODE
 from megamoe.parallel.link import Link, Transfer
-from megamoe.testing.launches import Outcome
+from megamoe.testing.launches import Outcome, script_in_this_process
 from megamoe.testing.ranks import run_ranks
 from megamoe.testing.runs import Run
 from megamoe.training import heartbeat
@@ -61,18 +59,9 @@ def in_a_child(run: Run, phase: str, fault: str) -> Outcome:
 
 
 def _train(run: Run, phase: str, fault: str, name: str) -> int:
-    for number, ending in ((1, "out"), (2, "err")):
-        os.dup2(os.open(f"{name}.{ending}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-    sys.argv, main.LINGER_SECONDS = [PRETRAIN, *run.words], 0.0
     if env.rank() == VICTIM:
         _fail_in(run, phase, fault)
-    try:
-        runpy.run_path(PRETRAIN, run_name="__main__")
-    except SystemExit as leave:
-        return leave.code if isinstance(leave.code, int) else 1
-    except BaseException:
-        sys.excepthook(*sys.exc_info())
-    return 1
+    return script_in_this_process(PRETRAIN, run.words, name)
 
 
 def _fail_in(run: Run, phase: str, fault: str) -> None:

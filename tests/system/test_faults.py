@@ -9,10 +9,8 @@ import contextlib
 import itertools
 import json
 import os
-import runpy
 import shlex
 import signal
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,11 +18,11 @@ from typing import Any
 
 import pytest
 
-from megamoe.common import env, main
+from megamoe.common import env
 from megamoe.common.errors import EXIT_CODE
 from megamoe.common.main import REQUEUE
 from megamoe.data.loader import BatchLoader
-from megamoe.testing.launches import Outcome, run_script
+from megamoe.testing.launches import Outcome, run_script, script_in_this_process
 from megamoe.testing.ranks import run_ranks
 from megamoe.testing.runs import TIMING, Run
 from megamoe.training.checkpoint import folder as folders
@@ -62,18 +60,9 @@ def in_a_child(run: Run, fault: str) -> Outcome:
 
 
 def _train(run: Run, fault: str, name: str) -> int:
-    for number, ending in ((1, "out"), (2, "err")):
-        os.dup2(os.open(f"{name}.{ending}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-    sys.argv, main.LINGER_SECONDS = [PRETRAIN, *run.words], 0.0
     if fault == "stuck" and env.rank() == VICTIM:
         _get_stuck_after(3)
-    try:
-        runpy.run_path(PRETRAIN, run_name="__main__")
-    except SystemExit as leave:
-        return leave.code if isinstance(leave.code, int) else 1
-    except BaseException:
-        sys.excepthook(*sys.exc_info())
-    return 1
+    return script_in_this_process(PRETRAIN, run.words, name)
 
 
 def _get_stuck_after(steps: int) -> None:

@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from megamoe.config.ops import OpsConfig
 from megamoe.moe.decisions import recomputing
-from megamoe.moe.dispatch.journey import EMPTY, ByExpert, Order, Splits, together, unpack, values_at
+from megamoe.moe.dispatch.journey import EMPTY, ByExpert, Order, Splits, packed_dtype, unpack, values_at
 from megamoe.ops.plan import plan_rows
 from megamoe.ops.rows import permute_rows, unpermute_rows
 from megamoe.parallel.link import Link, Transfer
@@ -108,7 +108,7 @@ class _Depart(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, weights: Tensor, trip: Trip) -> tuple[Tensor, ...]:
         ctx.trip = trip
-        values = weights.to(together(rows, weights)).contiguous()
+        values = weights.to(packed_dtype(rows, weights)).contiguous()
         for chunk in range(len(trip.parts)):
             order = trip.order(chunk)
             sent = permute_rows(rows, order.source_M, order.place_NK, values, EMPTY, implementation=trip.move)
@@ -143,7 +143,7 @@ class _Arrive(torch.autograd.Function):
         trip: Trip = ctx.trip
         d_rows, d_weights = grads[0].contiguous(), grads[1]
         back = trip.arrive[ctx.chunk].backwards()
-        values = d_weights.to(together(d_rows, d_weights))[:, None].contiguous()
+        values = d_weights.to(packed_dtype(d_rows, d_weights))[:, None].contiguous()
         packed = permute_rows(d_rows, back.source_M, back.place_NK, values, 0.0, implementation=trip.move)
         trip.start("dispatch backward", ctx.chunk, packed, back=True)
         return d_rows.new_empty(0), None, None

@@ -18,7 +18,7 @@ from megamoe.ops.rows import permute_rows, unpermute_rows
 from megamoe.parallel.link import Link
 
 
-class _Way(NamedTuple):
+class _Journey(NamedTuple):
     """Of the rows of one layer."""
 
     legs: tuple[Leg, ...]
@@ -53,14 +53,14 @@ class DeduplicatedDispatcher(Dispatcher):
         rows_RD = permute_rows(load.rows_ND, arrive.source_M, arrive.place_NK, implementation=self.ops.rows)
         weights_R = load.weights_A.index_select(0, entries_R)
         sent_bytes = sum(leg.sent_bytes for leg in legs)
-        handle = DispatchHandle(weights_R, plan, len(rows_TD), _Way(tuple(legs), arrive), sent_bytes)
+        handle = DispatchHandle(weights_R, plan, len(rows_TD), _Journey(tuple(legs), arrive), sent_bytes)
         return rows_RD, rows_per_expert_L, handle
 
     def combine(self, rows_RD: Tensor, handle: DispatchHandle) -> Tensor:
-        way: _Way = handle.state
-        arrive = way.arrive
+        journey: _Journey = handle.state
+        arrive = journey.arrive
         rows = unpermute_rows(rows_RD, arrive.place_NK, arrive.source_M, implementation=self.ops.rows)
-        for leg in reversed(way.legs):
+        for leg in reversed(journey.legs):
             rows = leg.home(rows)
         return rows
 

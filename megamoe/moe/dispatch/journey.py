@@ -97,7 +97,7 @@ class _There(torch.autograd.Function):
         ctx: Any, rows: Tensor, weights: Tensor, leave: Order, splits: Splits, by_expert: ByExpert
     ) -> tuple[Tensor, ...]:
         move = splits.ops.rows
-        values = weights.to(together(rows, weights)).contiguous()
+        values = weights.to(packed_dtype(rows, weights)).contiguous()
         sent = permute_rows(rows, leave.source_M, leave.place_NK, values, EMPTY, implementation=move)
         arrived = splits.there(sent, "dispatch")
         del sent
@@ -115,7 +115,7 @@ class _There(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         d_rows, d_weights = grads[:2]
         back, leave = ctx.arrive.backwards(), ctx.leave
-        d_rows, values = d_rows.contiguous(), d_weights.to(together(d_rows, d_weights))[:, None].contiguous()
+        d_rows, values = d_rows.contiguous(), d_weights.to(packed_dtype(d_rows, d_weights))[:, None].contiguous()
         move = ctx.splits.ops.rows
         packed = permute_rows(d_rows, back.source_M, back.place_NK, values, 0.0, implementation=move)
         returned = ctx.splits.back(packed, "dispatch backward")
@@ -159,7 +159,7 @@ def unpack(packed: Tensor, width: int, dtype: torch.dtype) -> tuple[Tensor, Tens
     return packed[:, :width], values
 
 
-def together(rows: Tensor, values: Tensor) -> torch.dtype:
+def packed_dtype(rows: Tensor, values: Tensor) -> torch.dtype:
     """In which precision values travel beside rows: wider rows lose nothing of them."""
     return rows.dtype if rows.element_size() > values.element_size() else values.dtype
 

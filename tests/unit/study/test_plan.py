@@ -56,7 +56,7 @@ def test_a_part_of_the_arms_and_seeds_keeps_the_baseline(tmp_path: Path) -> None
         (("seeds: [3, 4]", "seeds: [3, 3]"), "seeds: an entry is given twice"),
         (("seeds: [3, 4]", "seeds: []"), "seeds"),
         (("title: T", "titel: T"), "titel: unknown key; did you mean title?"),
-        (("{label: A}", "{set: []}"), "arms.a.label: is missing"),
+        (("{label: A}", "{set: []}"), "arms.a.label: is required and not given"),
         (("{label: A}", "{label: A, set: [training.seed=3]}"), "the study sets this for each run"),
         (("set: [parallel.ep=2]", "set: [parallel.ep=2, training.output_dir=x]"), "cost.set: training.output_dir=x: "),
         (("type=resonance", "type=resonanz"), "Arm b: "),
