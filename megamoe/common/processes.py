@@ -1,4 +1,4 @@
-"""Processes of this machine."""
+"""Processes of this machine, and which machine that is."""
 
 from __future__ import annotations
 
@@ -14,8 +14,29 @@ def is_running(pid: int) -> bool:
         return False
     except PermissionError:
         return True
+    stat = _stat(pid)
+    return stat is None or stat[0] not in ("Z", "X")
+
+
+def started(pid: int) -> str | None:
+    """What tells a process from a later one of the same number; None where the system does not say."""
+    stat = _stat(pid)
+    return None if stat is None else stat[19]
+
+
+def system() -> str | None:
+    """What all processes have in common that see each other by their numbers: the machine since it was started, and the
+    container. None where that is not known."""
     try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
+    except OSError:
+        return None
+
+
+def _stat(pid: int) -> list[str] | None:
+    """The fields of /proc/<pid>/stat after the name: state first, start time at 19."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except (OSError, IndexError):
-        return True
-    return state not in ("Z", "X")
+        return None

@@ -6,12 +6,13 @@ from collections.abc import Iterator
 from typing import Any
 
 _HOW = (
-    *("ops", "parallel", "deepspeed_extra", "moe.dispatcher", "moe.chunks", "data.prepared_dir"),
-    *("training.checkpoint", "training.faults", "training.monitor", "training.validation"),
-    *("training.log_every", "training.output_dir", "training.micro_batch_size", "training.recompute"),
-    *("training.stop_after_step", "training.timeout_minutes", "training.trace_steps"),
+    *("ops", "parallel", "moe.dispatcher", "moe.chunks", "data.prepared_dir", "data.num_workers", "data.tokenizer"),
+    *("training.checkpoint", "training.monitor", "training.validation", "training.log_every", "training.output_dir"),
+    *("training.recompute", "training.stop_after_step", "training.timeout_minutes", "training.trace_steps"),
+    *(f"training.faults.{name}" for name in ("dump", "hang_minutes", "heartbeat_seconds", "max_skips")),
 )
-"""Sections and settings that decide how and where a run is carried out, and not what it learns."""
+"""Sections and settings that decide how and where a run is carried out, and not what it learns. The tokenizer itself
+must be the same in any case."""
 
 
 def changes(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:

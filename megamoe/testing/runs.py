@@ -31,7 +31,7 @@ TIMING = frozenset(
     }
 )
 """What differs in metrics.jsonl between two runs of the same numbers."""
-_OF_A_START = ("logs", "heartbeats", "status.json")
+_OF_A_START = ("logs", "heartbeats", "status.json", "owner.json")
 
 
 def small_corpus(folder: Path, documents: int = 60) -> Path:

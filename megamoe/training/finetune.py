@@ -23,7 +23,7 @@ from megamoe.training.checkpoint import folder as folders
 from megamoe.training.checkpoint.weights import load_weights
 from megamoe.training.engine import Engine
 from megamoe.training.interrupt import leave_at_once
-from megamoe.training.job import Job, carry_out, check_kind, open_folder
+from megamoe.training.job import Job, carry_out, check_kind, own_folder
 from megamoe.training.loop import RunEnd
 from megamoe.training.run_folder import write_bytes
 from megamoe.training.setup import Runtime, distributed
@@ -49,27 +49,27 @@ def finetune(config: RunConfig, world_size: int) -> RunEnd:
         manifest = collectives.together(lambda: folders.read_manifest(start))
         collectives.together(lambda: _check_start(config, start, manifest, runtime))
         collectives.together(lambda: _check_folder(config) if runtime.rank == 0 else None)
-        folder = open_folder(config, runtime)
-        tokenizer = _own_tokenizer(folder, start, runtime)
-        data = _open_data(config, tokenizer, folder / "data", runtime)
-        config = with_steps(config, data.rows_per_epoch)
-        check_world_size(config, world_size)
-        train_data = SFTLoader(data, "train", config.training.seed)
-        validate = partial(answer_scores, sources=_held_out(data), config=config, runtime=runtime)
+        with own_folder(config, runtime) as folder:
+            tokenizer = _own_tokenizer(folder, start, runtime)
+            data = _open_data(config, tokenizer, folder / "data", runtime)
+            config = with_steps(config, data.rows_per_epoch)
+            check_world_size(config, world_size)
+            train_data = SFTLoader(data, "train", config.training.seed)
+            validate = partial(answer_scores, sources=_held_out(data), config=config, runtime=runtime)
 
-        def begin(engine: Engine) -> None:
-            calibrate(engine, train_data, config, runtime, data.summary.train)
+            def begin(engine: Engine) -> None:
+                calibrate(engine, train_data, config, runtime, data.summary.train)
 
-        job = Job(
-            data=train_data,
-            validate=validate,
-            tokenizer=tokenizer,
-            digest=manifest.tokenizer_digest,
-            vocab_size=manifest.architecture["model.vocab_size"],
-            fill=partial(_fill, start),
-            begin=begin,
-        )
-        return carry_out(job, config, runtime)
+            job = Job(
+                data=train_data,
+                validate=validate,
+                tokenizer=tokenizer,
+                digest=manifest.tokenizer_digest,
+                vocab_size=manifest.architecture["model.vocab_size"],
+                fill=partial(_fill, start),
+                begin=begin,
+            )
+            return carry_out(job, config, runtime)
 
 
 def with_steps(config: RunConfig, rows_per_epoch: int) -> RunConfig:

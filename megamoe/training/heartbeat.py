@@ -15,7 +15,6 @@ import socket
 import statistics
 import threading
 import time
-import uuid
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,8 +24,6 @@ from megamoe.common.log import get_logger
 from megamoe.parallel.exchanges import RECORD, Exchanges
 
 FOLDER = "heartbeats"
-MISSED = 2.5
-"""Heartbeats that a living rank does not miss."""
 _STEPS = 50
 """Of which the median time is told."""
 
@@ -45,7 +42,6 @@ class Pulse:
         since: when the phase began, by `time.time`.
         moved: when the main thread was last seen to get anywhere, by `time.monotonic`.
         ended: why the rank has left, once it has.
-        intruding: the heartbeat of another run that was in the folder first, once one was seen.
         record: of its exchanges.
     """
 
@@ -53,7 +49,6 @@ class Pulse:
         self.step, self.phase, self.begun, self.record = 0, "set-up", 0, record
         self.since, self.moved = time.time(), time.monotonic()
         self.ended: str | None = None
-        self.intruding: dict[str, Any] | None = None
         self._seconds: deque[float] = deque(maxlen=_STEPS)
 
     def enter(self, phase: str, step: int | None = None) -> None:
@@ -106,14 +101,7 @@ class Heartbeat:
     def __init__(self, pulse: Pulse, folder: Path, rank: int, seconds: float) -> None:
         self.pulse, self.seconds, self._stop = pulse, seconds, threading.Event()
         self._path, self._count, self._warned = path_of(folder, rank), 0, False
-        self._folder, self._rank = folder, rank
-        self._who: dict[str, Any] = {
-            "rank": rank,
-            "host": socket.gethostname(),
-            "pid": os.getpid(),
-            "every_seconds": seconds,
-        }
-        self._who |= {"began": time.time(), "run": uuid.uuid4().hex}
+        self._who = {"rank": rank, "host": socket.gethostname(), "pid": os.getpid(), "every_seconds": seconds}
         self._lock = threading.Lock()
         self._thread = threading.Thread(target=self._go_on, name="heartbeat", daemon=True)
 
@@ -123,11 +111,8 @@ class Heartbeat:
         self._thread.start()
 
     def beat(self) -> None:
-        """Write the file, unless it is another run's. Where that fails, say so once: the run does not depend on it."""
+        """Write the file. Where that fails, say so once: the run does not depend on it."""
         with self._lock:
-            self.pulse.intruding = self.pulse.intruding or self._earlier_run()
-            if self.pulse.intruding is not None:
-                return
             self._count += 1
             content = {**self._who, "count": self._count, "time": time.time(), **self.pulse.content()}
             try:
@@ -139,14 +124,6 @@ class Heartbeat:
                 if not self._warned:
                     log.warning("heartbeats cannot be written: %s", error)
                 self._warned = True
-
-    def _earlier_run(self) -> dict[str, Any] | None:
-        """What another run, that began before this one, has written here since this one's last heartbeat."""
-        content = read(self._folder, self._rank) if self._count else None  # what was there before may be long over
-        if content is None or content.get("run", self._who["run"]) == self._who["run"]:
-            return None
-        # By what both have written, so that both come to the same answer whatever their clocks say.
-        return content if (content["began"], content["run"]) < (self._who["began"], self._who["run"]) else None
 
     def stop(self, reason: str) -> None:
         """Write the file for the last time."""

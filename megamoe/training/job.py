@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +36,7 @@ from megamoe.training.engine import Engine
 from megamoe.training.interrupt import catch_signals, ignore_signals
 from megamoe.training.loop import Loop, RunEnd
 from megamoe.training.monitors import monitors
-from megamoe.training.one_run import leave_to_earlier_run, refuse_second_run
+from megamoe.training.one_run import claimed
 from megamoe.training.pipeline_engine import PipelineEngine
 from megamoe.training.run_folder import MetricsFile, open_run_folder, write_config, writing
 from megamoe.training.setup import Runtime, placement
@@ -78,17 +79,26 @@ class Job:
     begin: Callable[[Engine], None] = lambda engine: None
 
 
-def open_folder(config: RunConfig, runtime: Runtime) -> Path:
-    """Rank 0 makes the run folder; then every rank logs into it."""
-    collectives.together(lambda: open_run_folder(config) if runtime.rank == 0 else None)
+@contextlib.contextmanager
+def own_folder(config: RunConfig, runtime: Runtime) -> Iterator[Path]:
+    """Rank 0 makes the run folder and owns it for the duration; every rank logs into it.
+
+    Raises:
+        FolderInUseError: another run is at work there, of which nothing is touched.
+    """
     folder = Path(config.training.output_dir)
 
     def log_into() -> None:
         with writing(folder):
             setup_logging(runtime.rank, folder / "logs")
 
-    collectives.together(log_into)
-    return folder
+    with ExitStack() as stack:
+        if runtime.rank == 0:
+            collectives.together(lambda: stack.enter_context(claimed(open_run_folder(config))))
+        else:
+            collectives.together(lambda: None)
+        collectives.together(log_into)
+        yield folder
 
 
 def carry_out(job: Job, config: RunConfig, runtime: Runtime) -> RunEnd:
@@ -97,8 +107,6 @@ def carry_out(job: Job, config: RunConfig, runtime: Runtime) -> RunEnd:
     Everything that can be wrong about the checkpoint is found before the model is built.
     """
     folder, shape = Path(config.training.output_dir), architecture(config, job.vocab_size)
-    # Right before the first heartbeat: in between, a second run would not be seen.
-    collectives.together(lambda: refuse_second_run(folder) if runtime.rank == 0 else None)
     with ExitStack() as stack:
         run = stack.enter_context(supervised(config.training, runtime.rank, runtime.world_size))
         resume = _find_checkpoint(config, job.digest, shape, run.pulse.tick)
@@ -116,9 +124,7 @@ def carry_out(job: Job, config: RunConfig, runtime: Runtime) -> RunEnd:
         else:
             state = load_checkpoint(engine, *resume, run.pulse.tick)
             log.info("resumed from %s", resume[0])
-            if changed := changes(_settings(resume[0]), dump_config(config)):
-                log.warning("goes on with other settings than those of the checkpoint: %s", "; ".join(changed))
-        collectives.together(lambda: leave_to_earlier_run(folder, run.pulse))
+            _tell_changes(resume[0], config)
         metrics = collectives.together(lambda: MetricsFile(folder, state.step) if runtime.rank == 0 else None)
         if metrics is not None:
             stack.callback(metrics.close)
@@ -200,6 +206,16 @@ def check_kind(folder: Path, config: RunConfig) -> None:
             expected=f"one of {next(kinds)}",
             todo="choose another training.output_dir",
         )
+
+
+def _tell_changes(checkpoint: Path, config: RunConfig) -> None:
+    """Rank 0 says what of the configuration is not as it was."""
+
+    def compare() -> list[str]:
+        return changes(_settings(checkpoint), dump_config(config)) if collectives.rank() == 0 else []
+
+    if changed := collectives.together(compare):
+        log.warning("goes on with other settings than those of the checkpoint: %s", "; ".join(changed))
 
 
 def _settings(checkpoint: Path) -> dict[str, Any]:

@@ -12,7 +12,6 @@ from megamoe.common.log import get_logger
 from megamoe.common.main import REQUEUE as REQUEUE_CODE
 from megamoe.config.run import RunConfig
 from megamoe.data.batch import Batch
-from megamoe.parallel import collectives
 from megamoe.training import guard
 from megamoe.training.checkpoint.saver import Saver
 from megamoe.training.engine import Engine
@@ -20,7 +19,6 @@ from megamoe.training.faulty_step import dump_step
 from megamoe.training.heartbeat import Pulse
 from megamoe.training.interrupt import INTERRUPTED, REQUEUE, Interrupt
 from megamoe.training.metrics import StepMetrics
-from megamoe.training.one_run import leave_to_earlier_run
 from megamoe.training.progress import ProgressLine
 from megamoe.training.run_folder import MetricsFile
 from megamoe.training.schedule import lr_factor
@@ -32,7 +30,7 @@ from megamoe.training.trace import Tracer
 
 log = get_logger("megamoe.loop")
 
-WRITING, INTRUDING = "writing", "intruding"
+WRITING = "writing"
 Why = Literal["finished", "interrupted", "requeue"]
 FINISHED: Why = "finished"
 
@@ -134,8 +132,6 @@ class Loop:
         busy = self.slowest.watch.seconds
         with self.tracer.around(self.state.step + 1):
             result, norm = train_step(self.engine, batches, factor, self._flags, busy, self._accepts)
-        if result.flags[INTRUDING]:
-            collectives.together(lambda: leave_to_earlier_run(Path(training.output_dir), self.pulse))
         samples = training.global_batch_size
         self.state = self.state.advanced(samples, samples * self.config.data.seq_length)
         self.state = guard.judged(self.state, norm, result.flags[SKIPPED], training.faults)
@@ -167,7 +163,7 @@ class Loop:
 
     def _flags(self) -> dict[str, bool]:
         """What this rank has to tell the others after a step."""
-        return {**self.interrupt.flags(), WRITING: self.saver.writing, INTRUDING: self.pulse.intruding is not None}
+        return {**self.interrupt.flags(), WRITING: self.saver.writing}
 
     def _batches(self) -> list[Batch]:
         """This rank's micro-batches of the next optimizer step."""

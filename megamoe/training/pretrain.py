@@ -14,7 +14,7 @@ from megamoe.model.initialise import initialise
 from megamoe.parallel import collectives
 from megamoe.training import random_state
 from megamoe.training.interrupt import leave_at_once
-from megamoe.training.job import Job, carry_out, open_folder
+from megamoe.training.job import Job, carry_out, own_folder
 from megamoe.training.loop import RunEnd
 from megamoe.training.setup import distributed
 from megamoe.training.validation import mean_loss
@@ -29,17 +29,17 @@ def pretrain(config: RunConfig, world_size: int) -> RunEnd:
     manifest = check_prepared(config.data)
     with leave_at_once(), distributed(config.parallel, config.training.timeout_minutes) as runtime:
         random_state.seed_all(config.training.seed, runtime.rank)
-        open_folder(config, runtime)
-        train_data, validation_data = collectives.together(lambda: _open_data(config, manifest))
-        job = Job(
-            data=train_data,
-            validate=partial(mean_loss, data=validation_data, config=config, runtime=runtime),
-            tokenizer=Path(config.data.prepared_dir) / TOKENIZER,
-            digest=manifest.tokenizer_digest,
-            vocab_size=derive.vocab_size(config, manifest.vocab_size),
-            fill=partial(initialise, config=config.model, seed=config.training.seed),
-        )
-        return carry_out(job, config, runtime)
+        with own_folder(config, runtime):
+            train_data, validation_data = collectives.together(lambda: _open_data(config, manifest))
+            job = Job(
+                data=train_data,
+                validate=partial(mean_loss, data=validation_data, config=config, runtime=runtime),
+                tokenizer=Path(config.data.prepared_dir) / TOKENIZER,
+                digest=manifest.tokenizer_digest,
+                vocab_size=derive.vocab_size(config, manifest.vocab_size),
+                fill=partial(initialise, config=config.model, seed=config.training.seed),
+            )
+            return carry_out(job, config, runtime)
 
 
 def _open_data(config: RunConfig, manifest: Manifest) -> tuple[BatchLoader, BatchLoader]:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from megamoe.common.errors import FolderInUseError, LostPeerError, MegamoeError
+from megamoe.common.errors import LostPeerError, MegamoeError
 from megamoe.common.log import get_logger
 from megamoe.config.training import TrainingConfig
 from megamoe.training.heartbeat import Heartbeat, Pulse, beating
@@ -81,8 +81,6 @@ def _status(folder: Path, rank: int, run: Supervised) -> Iterator[None]:
 
 
 def _failed(folder: Path, rank: int, pulse: Pulse, error: BaseException) -> None:
-    if isinstance(error, FolderInUseError):  # status and exchanges there are another run's
-        return
     # The rank that would write it may be the one that is lost.
     if rank == 0 or isinstance(error, LostPeerError):
         what = error.what if isinstance(error, MegamoeError) else f"{type(error).__name__}: {error}"

@@ -24,10 +24,12 @@ from megamoe.common.main import report
 from megamoe.common.processes import is_running
 from megamoe.parallel.exchanges import place_text
 from megamoe.training import heartbeat
-from megamoe.training.heartbeat import MISSED, Heartbeat
+from megamoe.training.heartbeat import Heartbeat
 
 Result = TypeVar("Result")
 
+MISSED = 2.5
+"""Heartbeats that a living rank does not miss."""
 _LOOKS = 20
 """How often the pulse is looked at during the limit."""
 READ_SECONDS = 30.0

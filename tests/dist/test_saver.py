@@ -148,20 +148,20 @@ def test_one_at_a_time(tmp_path: Path) -> None:
     assert run_ranks(save_twice, 2, tmp_path / "run") == [[[first], ["1"], [first, second]]] * 2
 
 
-def fail_on(folder: Path, victim: int, error: Exception) -> tuple[str, list[str], bool]:
-    """A save that fails on one rank after one that did not."""
+def fail_on(folder: Path, victim: int, part: str, error: Exception) -> tuple[str, list[str], bool]:
+    """A save of which one part fails on one rank, after a save that did not."""
     engine, saver = prepared(folder)
     step(engine, 0)
     saver.save(TrainState(1))
     saver.finish()
-    original = saving.write_file
+    original = getattr(saving, part)
 
-    def write(path: Path, pieces: Sequence[Piece]) -> FileEntry:
+    def fail(*args: Any) -> Any:
         if collectives.rank() == victim:
             raise error
-        return original(path, pieces)
+        return original(*args)
 
-    saving.write_file = write
+    setattr(saving, part, fail)
     saver.save(TrainState(2))
     step(engine, 1)
     said = "nothing"
@@ -174,10 +174,10 @@ def fail_on(folder: Path, victim: int, error: Exception) -> tuple[str, list[str]
     return said, [path.name for path in folders.root(folder).iterdir()], saver.writing
 
 
-@pytest.mark.parametrize("victim", [0, 1])
-def test_a_failure_ends_it_on_every_rank_and_loses_nothing(tmp_path: Path, victim: int) -> None:
+@pytest.mark.parametrize("victim, part", [(0, "write_file"), (1, "write_file"), (0, "_write_index")])
+def test_a_failure_ends_it_on_every_rank_and_loses_nothing(tmp_path: Path, victim: int, part: str) -> None:
     error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    first, second = run_ranks(fail_on, 2, tmp_path / "run", victim, error)
+    first, second = run_ranks(fail_on, 2, tmp_path / "run", victim, part, error)
     assert first[0].startswith("CheckpointError: checkpoint step_00000002 could not be written")
     assert "No space left on device" in first[0]
     assert second[0].startswith("PeerError")
@@ -185,7 +185,7 @@ def test_a_failure_ends_it_on_every_rank_and_loses_nothing(tmp_path: Path, victi
 
 
 def test_a_defect_of_ours_is_raised_where_it_is(tmp_path: Path) -> None:
-    first, second = run_ranks(fail_on, 2, tmp_path / "run", 1, ZeroDivisionError("a defect"))
+    first, second = run_ranks(fail_on, 2, tmp_path / "run", 1, "write_file", ZeroDivisionError("a defect"))
     assert first[0].startswith("PeerError: ZeroDivisionError")
     assert second[0] == "ZeroDivisionError: a defect"
 

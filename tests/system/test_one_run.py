@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 from megamoe.common.errors import EXIT_CODE
-from megamoe.testing.launches import Outcome, command, one_error, outcome, run_script, script_on_this_rank, started
-from megamoe.testing.ranks import run_ranks
+from megamoe.testing.launches import command, one_error, outcome, run_script, started
 from megamoe.testing.runs import Run
-from megamoe.training import job, one_run
 from megamoe.training.checkpoint import folder as folders
 from megamoe.training.supervision import STATUS
 
@@ -23,44 +20,33 @@ REFUSED = "FolderInUseError: Another run is at work in this run folder."
 def test_one_run_has_a_folder_to_itself(prepared: Run, tmp_path: Path) -> None:
     run = prepared.elsewhere(
         tmp_path / "run",
-        *("parallel.ep=1", "training.steps=100000", "training.checkpoint.every=0", "training.validation.every=0"),
-        "training.faults.heartbeat_seconds=0.3",
+        *("parallel.ep=1", "training.steps=100000", "training.checkpoint.every=20", "training.validation.every=0"),
     )
     start = command("python", PRETRAIN, run.words)
     with started(start, tmp_path / "a") as a, started(start, tmp_path / "b") as b:
         deadline = time.monotonic() + SECONDS
         while a.poll() is None and b.poll() is None and time.monotonic() < deadline:
             time.sleep(0.01)
-        (loser, out), (winner, _) = sorted(((a, "a"), (b, "b")), key=lambda each: each[0].poll() is None)
+        (loser, out), (winner, other) = sorted(((a, "a"), (b, "b")), key=lambda each: each[0].poll() is None)
         ended = outcome(loser, tmp_path / out, SECONDS)
         assert ended.returncode == EXIT_CODE, ended
         assert REFUSED in ended.stderr
         assert f"process {winner.pid} on " in ended.stderr
 
-        late = run_script(PRETRAIN, run.words, 1)[0]
-        assert late.returncode == EXIT_CODE, late
-        assert REFUSED in late.stderr
+        assert REFUSED in one_error(*run_script(PRETRAIN, [*run.words, "training.seed=99", "training.steps=3"], 2))
 
         seen = len(run.metrics())
         while len(run.metrics()) < seen + 3 and time.monotonic() < deadline:
             assert winner.poll() is None, "the run that was there first ended"
             time.sleep(0.01)
-        steps = [line["step"] for line in run.metrics()]
-        assert steps == list(range(1, steps[-1] + 1))
-
-        for unseen in ((one_run.refuse_second_run,), (one_run.refuse_second_run, one_run.leave_to_earlier_run)):
-            both = run_ranks(_start_without, 2, unseen, list(run.words), init=False)
-            assert REFUSED in one_error(*both)
-            assert winner.poll() is None
         assert json.loads((run.folder / STATUS).read_text())["state"] == "running"
         winner.terminate()
-        assert "asked to stop" in outcome(winner, tmp_path / ("b" if out == "a" else "a"), SECONDS).stderr
-    last = run.metrics()[-1]["step"]
-    assert [path.name for path in folders.complete(run.folder)] == [folders.final_name(last)]
+        assert "asked to stop" in outcome(winner, tmp_path / other, SECONDS).stderr
+    steps = [line["step"] for line in run.metrics()]
+    assert steps == list(range(1, steps[-1] + 1))
+    assert folders.complete(run.folder)[-1].name == folders.final_name(steps[-1])
 
-
-def _start_without(checks: tuple[Callable[..., None], ...], words: list[str]) -> Outcome:
-    """As a run that was not yet to be seen when these looked."""
-    for check in checks:
-        setattr(job, check.__name__, lambda *_: None)
-    return script_on_this_rank(PRETRAIN, words)
+    # It has left the folder, and who goes on with other settings hears of it.
+    again = run_script(PRETRAIN, [*run.words, "training.seed=99", f"training.steps={steps[-1] + 1}"], 1)[0]
+    assert again.returncode == 0, again
+    assert "goes on with other settings than those of the checkpoint: training.seed: " in again.stderr

@@ -210,8 +210,11 @@ class Saver:
         """Whether this rank is still writing, after a second at most, and how much it has."""
         if flight.thread is not None:
             flight.thread.join(1.0)
-        path = flight.target / _state_file()
-        return self.writing, path.stat().st_size if path.exists() else 0
+        try:
+            size = (flight.target / _state_file()).stat().st_size
+        except OSError:  # not there yet; or it has its final name by now
+            size = 0
+        return self.writing, size
 
     def _go_on(self, flight: _Flight) -> None:
         """No rank is writing any more: begin to publish what they wrote; or it is published."""

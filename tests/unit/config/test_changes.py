@@ -19,6 +19,8 @@ def test_the_same_settings_are_no_change() -> None:
         ("training.seed=99", "training.seed: "),
         ("training.optimizer.lr=0.5", "training.optimizer.lr: "),
         ("training.global_batch_size=64", "training.global_batch_size: "),
+        ("training.micro_batch_size=4", "training.micro_batch_size: "),  # which routers decide on
+        ("training.faults.spike_factor=3.0", "training.faults.spike_factor: "),
         ("moe.router.balance_loss=0.5", "moe.router.balance_loss: "),
     ],
 )
@@ -29,7 +31,14 @@ def test_what_decides_about_the_result_is_named(word: str, part: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "word", ["parallel.ep=2", "training.log_every=5", "training.checkpoint.every=7", "ops.plan=reference"]
+    "word",
+    [
+        "parallel.ep=2",
+        "training.log_every=5",
+        "training.checkpoint.every=7",
+        "data.num_workers=3",
+        "ops.plan=reference",
+    ],
 )
 def test_how_it_is_carried_out_is_not(word: str) -> None:
     assert not changes(dump_config(tiny_config()), dump_config(tiny_config(word)))

@@ -1,21 +1,22 @@
-"""One run in a folder: who is there first stays, however close together two of them start."""
+"""A run folder has one owner: who is there first, whatever machine it is on, and until it is gone."""
+
+from __future__ import annotations
 
 import json
-import os
-import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from megamoe.common.errors import FolderInUseError
-from megamoe.training import heartbeat
-from megamoe.training.heartbeat import Heartbeat, Pulse, beating
-from megamoe.training.one_run import refuse_second_run
-from megamoe.training.supervision import STATUS, _failed
+from megamoe.common import processes
+from megamoe.common.errors import ConfigError, FolderInUseError
+from megamoe.training import one_run
+from megamoe.training.one_run import OWNER, claimed
 
 SOON, NEVER = 0.05, 3600.0
 
@@ -36,78 +37,102 @@ def alive() -> Iterator[int]:
         process.communicate(b"\n")
 
 
-def left_behind(folder: Path, every: float = SOON, **values: Any) -> None:
-    """A heartbeat that nobody writes any more."""
-    Heartbeat(Pulse(), folder, 0, every).beat()
-    path = heartbeat.path_of(folder, 0)
-    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+def leave_behind(folder: Path, every: float = NEVER, **values: Any) -> None:
+    """The file of a run that was killed."""
+    with claimed(folder):
+        content = json.loads((folder / OWNER).read_text())
+    (folder / OWNER).write_text(json.dumps(content | {"run": "before", "every_seconds": every} | values))
 
 
-def test_a_new_folder_is_free(tmp_path: Path) -> None:
-    refuse_second_run(tmp_path / "run")
+def owner(folder: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((folder / OWNER).read_text())
+    return content
 
 
-def test_a_run_that_ended_is_believed(tmp_path: Path) -> None:
-    left_behind(tmp_path, NEVER, host="elsewhere", ended="finished")
-    refuse_second_run(tmp_path)
+def test_it_is_owned_as_long_as_the_run_lasts(tmp_path: Path) -> None:
+    with claimed(tmp_path):
+        assert owner(tmp_path)["started"] == processes.started(owner(tmp_path)["pid"]) is not None
+        with pytest.raises(FolderInUseError, match=f"process {owner(tmp_path)['pid']} on "), claimed(tmp_path):
+            pass
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(ZeroDivisionError), claimed(tmp_path):
+        raise ZeroDivisionError
+    assert not list(tmp_path.iterdir())
+
+
+def test_of_many_at_once_one_gets_it(tmp_path: Path) -> None:
+    """On a folder whose owner is gone, which is where they could get into each other's way."""
+    for _ in range(20):
+        leave_behind(tmp_path, system=processes.system(), pid=2**22 + 1)
+        start, done, got, refused = threading.Barrier(6), threading.Barrier(6), [], []
+
+        def attempt(start: threading.Barrier, done: threading.Barrier, got: list[str], refused: list[str]) -> None:
+            with ExitStack() as stack:
+                start.wait(60)
+                try:
+                    stack.enter_context(claimed(tmp_path))
+                    got.append(owner(tmp_path)["run"])
+                except FolderInUseError as error:
+                    refused.append(str(error))
+                done.wait(60)
+
+        threads = [threading.Thread(target=attempt, args=(start, done, got, refused)) for _ in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+        assert (len(got), len(refused)) == (1, 5), (got, refused)
+        assert not list(tmp_path.iterdir())
 
 
 def test_a_process_that_is_gone_is_not_waited_for(tmp_path: Path, gone: int) -> None:
-    left_behind(tmp_path, NEVER, pid=gone)
-    refuse_second_run(tmp_path)
+    leave_behind(tmp_path, pid=gone)
+    with claimed(tmp_path):
+        assert owner(tmp_path)["run"] != "before"
 
 
-def test_a_restarted_container_is_not_its_own_second_run(tmp_path: Path) -> None:
-    left_behind(tmp_path, NEVER, host=socket.gethostname(), pid=os.getpid())
-    refuse_second_run(tmp_path)
+def test_nor_is_one_whose_number_another_has_now(tmp_path: Path, alive: int) -> None:
+    """As after the restart of a container, where numbers come again."""
+    leave_behind(tmp_path, pid=alive, started="1")
+    with claimed(tmp_path):
+        assert owner(tmp_path)["run"] != "before"
 
 
-@pytest.mark.parametrize("where", ["elsewhere", "here"])
-def test_one_that_is_silent_is_waited_for_and_then_counts_as_gone(tmp_path: Path, alive: int, where: str) -> None:
-    left_behind(tmp_path, host=socket.gethostname() if where == "here" else where, pid=alive)
-    refuse_second_run(tmp_path)
+def test_a_process_of_this_system_is_believed_however_long_it_says_nothing(tmp_path: Path, alive: int) -> None:
+    leave_behind(tmp_path, pid=alive, started=processes.started(alive))
+    with pytest.raises(FolderInUseError, match=f"process {alive} on "), claimed(tmp_path):
+        pass
+    assert owner(tmp_path)["run"] == "before"
 
 
-def test_one_that_is_alive_is_left_alone(tmp_path: Path) -> None:
-    with beating(tmp_path, 0, SOON) as (pulse, beats):
-        beats._who |= {"host": "elsewhere", "pid": 77}
-        pulse.enter("forward-backward", step=7)
-        beats.beat()
-        with pytest.raises(FolderInUseError) as caught:
-            refuse_second_run(tmp_path)
-    assert caught.value.got == (
-        f"training.output_dir = {tmp_path}: process 77 on elsewhere, in forward-backward of step 7"
-    )
+@pytest.mark.parametrize("system", ["another machine", None])
+def test_one_that_cannot_be_looked_at_is_waited_for(tmp_path: Path, gone: int, system: str | None) -> None:
+    leave_behind(tmp_path, SOON, pid=gone, system=system)
+    with claimed(tmp_path):
+        assert owner(tmp_path)["run"] != "before"
 
 
-def test_of_two_that_begin_together_the_later_one_sees_it_and_writes_no_more(tmp_path: Path) -> None:
-    pulses = [Pulse(), Pulse()]
-    first, second = (Heartbeat(pulse, tmp_path, 0, NEVER) for pulse in pulses)
-    first.beat()
-    second.beat()  # finds a file, which may be years old
-    assert [pulse.intruding for pulse in pulses] == [None, None]
-    first.beat()
-    assert pulses[0].intruding is None
-    second.beat()
-    assert pulses[1].intruding is not None
-    assert pulses[1].intruding["run"] == first._who["run"]
-    before = heartbeat.read(tmp_path, 0)
-    second.beat()
-    assert heartbeat.read(tmp_path, 0) == before
+def test_and_it_is_left_alone_where_it_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with claimed(tmp_path, SOON):
+        monkeypatch.setattr(processes, "system", lambda: "another machine")  # of whoever comes now
+        with pytest.raises(FolderInUseError), claimed(tmp_path):
+            pass
 
 
-def test_both_agree_on_who_was_first_whatever_their_clocks_say(tmp_path: Path) -> None:
-    pulses = [Pulse(), Pulse()]
-    late, early = (Heartbeat(pulse, tmp_path, 0, NEVER) for pulse in pulses)
-    early._who["began"] = late._who["began"] - 3600.0
-    for beats in (late, early, late, early):
-        beats.beat()
-    assert pulses[0].intruding is not None
-    assert pulses[1].intruding is None
+@pytest.mark.parametrize("content", ["", "[1]", '{"run": '])
+def test_a_file_that_says_nothing_is_waited_for(tmp_path: Path, content: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(one_run, "BEAT_SECONDS", SOON)
+    (tmp_path / OWNER).write_text(content)
+    with claimed(tmp_path):
+        assert owner(tmp_path)["run"]
 
 
-def test_the_other_runs_status_stays(tmp_path: Path) -> None:
-    (tmp_path / STATUS).write_text("of the other")
-    _failed(tmp_path, 0, Pulse(), FolderInUseError("Another run is at work."))
-    assert [path.name for path in tmp_path.iterdir()] == [STATUS]
-    assert (tmp_path / STATUS).read_text() == "of the other"
+def test_a_run_whose_file_was_taken_leaves_that_of_the_other(tmp_path: Path) -> None:
+    with claimed(tmp_path):
+        (tmp_path / OWNER).write_text(json.dumps({"run": "another"}))
+    assert owner(tmp_path)["run"] == "another"
+
+
+def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot be written"), claimed(tmp_path / "nowhere"):
+        pass
