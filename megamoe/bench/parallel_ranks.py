@@ -68,8 +68,11 @@ class About:
 
 
 @contextmanager
-def contestant(config: RunConfig, settings: TrainSettings) -> Iterator[Callable[..., Turn | About]]:
+def contestant(config: RunConfig, settings: TrainSettings, rows: int) -> Iterator[Callable[..., Turn | About]]:
     """An engine whose messages of a step have been counted.
+
+    Args:
+        rows: of a product, a piece of the work amid messages.
 
     Yields:
         A function of a kind of turn and a number of pieces of work; of nothing, what there is to know.
@@ -79,7 +82,7 @@ def contestant(config: RunConfig, settings: TrainSettings) -> Iterator[Callable[
     state = allocator.prepare(settings.keep_freed_memory)
     _pin(env.rank(), settings.ranks)
     with distributed(config.parallel, config.training.timeout_minutes) as runtime:
-        trainee, work = _Trainee(config, runtime), _Work(config)
+        trainee, work = _Trainee(config, runtime), _Work(rows, config)
         trainee.train(settings.warmup)
         with Traffic(runtime.groups) as traffic:
             trainee.train(1)
@@ -140,10 +143,9 @@ class _Stopwatch:
 
 
 class _Work:
-    """Products of a rank's rows of a micro-batch with weights, which go through as much memory as layers do."""
+    """Products of rows with weights, which go through as much memory as layers do."""
 
-    def __init__(self, config: RunConfig) -> None:
-        rows = config.training.micro_batch_size * config.data.seq_length // (config.parallel.tp * config.parallel.cp)
+    def __init__(self, rows: int, config: RunConfig) -> None:
         hidden, ffn = config.model.hidden_size, config.model.ffn_size
         self._layers = [
             (torch.randn(rows, hidden), torch.randn(hidden, ffn), torch.empty(rows, ffn)) for _ in range(_LAYERS)

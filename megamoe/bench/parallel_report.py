@@ -16,8 +16,9 @@ def markdown(report: dict[str, Any]) -> str:
         f"steps in turns. Ratios and differences are of the same round, to {results[0]['layout']} at ZeRO-1: median "
         "(smallest to largest). Explained is the ratio if nothing but the time of messages came on top: of those of a "
         f"step, sent in the same rounds amid work that is the same for all layouts, {report['pieces']} products, as "
-        "much as a step has. Unexplained is what is left, with the 95 % confidence interval of its median. Ranks are "
-        "pinned to CPUs in turn."
+        "much as a step has. Unexplained is what is left, with the 95 % confidence interval of its median; below zero, "
+        "messages take less in a step than they do there. Each round begins with another layout; ranks are pinned to "
+        "CPUs in turn."
     )
     tables = [
         _layouts(results),

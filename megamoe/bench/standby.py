@@ -25,6 +25,7 @@ Make = Callable[..., AbstractContextManager[Callable[..., Any]]]
 _POLL_SECONDS = 0.1
 _END_SECONDS = 60.0
 """How long ranks may take to leave, or to say why they broke."""
+_SET_UP_SECONDS = 600.0
 _LIFE_SECONDS = 24 * 3600.0
 """Of ranks that nobody ends."""
 
@@ -74,7 +75,7 @@ def standing_by(make: Make, ranks: int, *args: Any, timeout: float) -> Iterator[
         make: a module-level function, called on every rank, whose context gives what a turn calls.
         ranks: how many.
         args: for `make`; picklable.
-        timeout: seconds for setting up, and for a turn.
+        timeout: seconds for a turn; for setting up there are ten minutes.
 
     Raises:
         RankError: a rank raised or died.
@@ -96,18 +97,21 @@ def standing_by(make: Make, ranks: int, *args: Any, timeout: float) -> Iterator[
             thread.join(_END_SECONDS)
             if failures:
                 raise failures[0]
+            if thread.is_alive():
+                raise TimeoutError(f"The ranks did not end within {_END_SECONDS:g} s.")
 
         with socket.socket(socket.AF_UNIX) as server, contextlib.ExitStack() as stack:
             server.bind(path)
             server.listen(ranks)
             server.settimeout(_POLL_SECONDS)
             thread.start()
-            pipes = _accept(server, ranks, thread, ended, time.monotonic() + timeout)
+            pipes = _accept(server, ranks, thread, ended, time.monotonic() + _SET_UP_SECONDS)
             for pipe in pipes:
                 stack.enter_context(pipe)
             yield Standby(pipes, ended, timeout)
-            for pipe in pipes:
-                pipe.send(None)
+            with contextlib.suppress(ConnectionError):
+                for pipe in pipes:
+                    pipe.send(None)
             ended()
 
 
@@ -128,7 +132,11 @@ def _accept(
             continue
         connected.setblocking(True)
         pipe = Connection(connected.detach())
-        pipes[pipe.recv()] = pipe
+        try:
+            pipes[pipe.recv()] = pipe
+        except (EOFError, ConnectionError):
+            ended()
+            raise
     return [pipes[rank] for rank in range(ranks)]
 
 

