@@ -21,8 +21,10 @@ GRADIENT_SUM = "gradient_sum"
 
 
 class _BySource(torch.autograd.Function):
-    """The blocked implementation for L * P experts, of which P at a time have one matrix. So for a moment of the backward
-    pass there are P gradients of every weight."""
+    """The blocked implementation for L * P experts, of which P at a time have one matrix.
+
+    So for a moment of the backward pass there are P gradients of every weight.
+    """
 
     @staticmethod
     def forward(
